@@ -22,7 +22,7 @@ _OFFSET = (1023 + LOWEST) << 8  # the shifted bits of 2**LOWEST
 @njit
 def itl_bin(x: float) -> int:
     """The bin of `x` seconds, in [0, BINS)."""
-    i = (np.float64(x).view(np.int64) >> _SHIFT) - _OFFSET
+    i = (int(np.float64(x).view(np.int64)) >> _SHIFT) - _OFFSET
     return 0 if i < 0 else BINS - 1 if i >= BINS else i
 
 
@@ -40,8 +40,8 @@ def itl_bin_edges() -> NDArray[np.float64]:
 def quantiles(counts: NDArray[np.int64], q: NDArray[np.float64]) -> NDArray[np.float64]:
     """The `q`-quantiles (0 to 1) of a histogram with `itl_bin_edges`, nan when it is empty.
 
-    As with `numpy.quantile`, the quantile lies at position q * (n - 1) of the sorted values; those of a bin are
-    taken to lie evenly in it. Off by at most 0.4 % of itself.
+    As with `numpy.quantile`, the quantile lies at position q * (n - 1) of the sorted values; those of a bin
+    are taken to lie evenly in it. Off by at most 0.4 % of itself.
     """
     total = int(counts.sum())
     if total == 0:
