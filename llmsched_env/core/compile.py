@@ -68,11 +68,11 @@ def cache_dir() -> Path:
 
 
 def _fingerprint() -> str:
-    """Names the sources of the package and the compiler."""
+    """Names the compiled sources of the package, which all lie in `core` and `scheduling`, and the compiler."""
     digest = hashlib.sha256()
     for part in (numba.__version__, platform.python_implementation(), sys.version, platform.machine()):
         digest.update(part.encode() + b"\0")
-    for path in sorted(_PACKAGE.rglob("*.py")):
+    for path in sorted(p for folder in ("core", "scheduling") for p in (_PACKAGE / folder).rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

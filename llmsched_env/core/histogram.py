@@ -26,6 +26,12 @@ def itl_bin(x: float) -> int:
     return 0 if i < 0 else BINS - 1 if i >= BINS else i
 
 
+@njit
+def itl_bin_start(i: int) -> float:
+    """The lower edge of bin i in seconds."""
+    return np.int64((i + _OFFSET) << _SHIFT).view(np.float64)
+
+
 def itl_bins(x: NDArray[np.float64]) -> NDArray[np.int64]:
     """`itl_bin` of each value of an array, by numpy."""
     shifted = np.ascontiguousarray(x, dtype=np.float64).view(np.int64) >> _SHIFT

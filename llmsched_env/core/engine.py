@@ -1,0 +1,567 @@
+"""What an engine can do, one compiled function each: let requests arrive, give tokens, preempt, swap in, run the iteration.
+
+A scheduler plans an iteration by calling `grant` and `evict` (`swap_in`, `refund`), which take effect on the KV cache at once, as in the
+real engines; `execute` then runs the planned batch: the clock advances by the cost model, tokens come out, what finished is freed.
+Every rule is checked where it could be broken: a function that would break one changes nothing, notes the error in the engine's record
+and returns False.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import numpy as np
+
+from llmsched_env.core import queue
+from llmsched_env.core.compile import njit
+from llmsched_env.core.cost import batch_time
+from llmsched_env.core.histogram import itl_bin
+from llmsched_env.core.state import Engine, Error, Hold, Status
+
+# Plain integers: compiled code compares them fastest.
+FUTURE, WAITING, RUNNING, SWAPPED, EVICTED, FINISHED, DROPPED = (int(x) for x in Status)
+CHUNK, KNOWN, PEAK, PREDICTED, DECLARED, MODEL_LEN = (int(x) for x in Hold)
+
+
+class Order(enum.IntEnum):
+    """The order of the waiting queue. Ties go to the earlier arrival."""
+
+    FIFO = 0  # as they entered
+    ARRIVAL = 1
+    PRIORITY = 2  # lower value first
+    PROMPT = 3  # shortest prompt first
+    OUTPUT = 4  # shortest predicted output first
+    TOTAL = 5  # fewest prompt and predicted output tokens first
+    AREA = 6  # least predicted KV area first: O * I + O^2 / 2 token-iterations
+    REMAINING = 7  # least predicted output left first
+    DEADLINE = 8  # earliest time-to-first-token deadline first
+    BOOST = 9  # arrival less a bonus for short requests
+    ATTAINED = 10  # least service received first, tokens
+    SCORE = 11  # by the score that the scheduler itself keeps
+    RANDOM = 12
+    LONGEST = 13  # longest prompt first
+
+
+class Place(enum.IntEnum):
+    """Where a preempted request enters the queue again."""
+
+    HEAD = 0
+    KEY = 1
+    END = 2
+
+
+ORDERS = {name: int(value) for name, value in Order.__members__.items()}
+_FIFO, _ARRIVAL, _PRIORITY, _PROMPT, _OUTPUT, _TOTAL, _AREA, _REMAINING = range(8)
+_DEADLINE, _BOOST, _ATTAINED, _SCORE, _RANDOM, _LONGEST = range(8, 14)
+_HEAD, _KEY, _END = (int(x) for x in Place)
+
+
+# ---------------------------------------------------------------------------------------------------------------- small facts
+
+
+@njit
+def blocks_for(e: Engine, tokens: int) -> int:
+    """KV blocks that hold `tokens` tokens."""
+    return (tokens + e.s.block_size - 1) // e.s.block_size
+
+
+@njit
+def known_tokens(q) -> int:  # type: ignore[no-untyped-def]
+    """Prompt and answer so far: what a re-admission would have to prefill."""
+    return q.prompt + q.generated
+
+
+@njit
+def rest_of_prefill(q) -> int:  # type: ignore[no-untyped-def]
+    """Prefill tokens of a running request that are still to be computed; 0 when it is decoding."""
+    return max(0, q.target - q.computed)
+
+
+@njit
+def hold_tokens(e: Engine, q, hold: int) -> int:  # type: ignore[no-untyped-def]
+    """Tokens of KV cache that the rule `hold` (`Hold`) asks for when q is admitted; 0 for CHUNK."""
+    if hold == CHUNK:
+        return 0
+    known = q.prompt + q.generated
+    if hold == KNOWN:
+        return known
+    if hold == PEAK:
+        return q.prompt + q.stop - 1
+    if hold == PREDICTED:
+        return max(known, int(np.ceil(q.prompt + q.predicted)) - 1)
+    if hold == DECLARED:
+        return max(known, q.prompt + q.limit - 1)
+    return e.s.max_model_len
+
+
+@njit
+def length_class(prompt: int) -> int:
+    """floor(log2(prompt)): the length class by which finished requests are counted."""
+    k = 0
+    while prompt > 1:
+        prompt >>= 1
+        k += 1
+    return k
+
+
+@njit
+def random_unit(e: Engine) -> float:
+    """A uniform number in [0, 1) from the engine's own generator (SplitMix64)."""
+    state = e.s.random + np.uint64(0x9E3779B97F4A7C15)
+    e.s.random = state
+    x = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    return np.float64(x >> np.uint64(11)) * 2.0**-53
+
+
+@njit
+def _fail(e: Engine, error: int, r: int, value: int, limit: int) -> bool:
+    if e.s.error == 0:
+        e.s.error = error
+        e.s.error_request = r
+        e.s.error_value = value
+        e.s.error_limit = limit
+    return False
+
+
+# ---------------------------------------------------------------------------------------------------------------- the queue
+
+
+@njit
+def queue_key(e: Engine, r: int) -> float:
+    """The key of request r in the order of the engine's queue, from its present state."""
+    q = e.req[r]
+    order = e.s.order
+    if order == _FIFO:
+        return 0.0
+    if order == _ARRIVAL:
+        return q.arrival
+    if order == _PRIORITY:
+        return np.float64(q.priority)
+    if order == _PROMPT:
+        return np.float64(q.prompt)
+    if order == _LONGEST:
+        return -np.float64(q.prompt)
+    if order == _OUTPUT:
+        return q.predicted
+    if order == _TOTAL:
+        return q.prompt + q.predicted
+    if order == _AREA:
+        return q.predicted * q.prompt + 0.5 * q.predicted * q.predicted
+    if order == _REMAINING:
+        return q.predicted - q.generated
+    if order == _DEADLINE:
+        return q.arrival + q.ttft_target
+    if order == _BOOST:
+        # gamma-boost: arrival - ln(1 / (1 - exp(-gamma * size))) / gamma, size in predicted tokens
+        return q.arrival + np.log(-np.expm1(-e.s.boost_gamma * q.predicted)) / e.s.boost_gamma
+    if order == _ATTAINED:
+        return q.service
+    if order == _RANDOM:
+        return random_unit(e)
+    return q.score
+
+
+@njit
+def _need(e: Engine, q) -> int:  # type: ignore[no-untyped-def]
+    """Blocks that must be free to admit q; for a test on the chunk alone at least one."""
+    return max(1, blocks_for(e, hold_tokens(e, q, e.s.test)))
+
+
+@njit
+def enter_queue(e: Engine, r: int, place: int) -> None:
+    """Put request r into the waiting queue: at the head, by its key, or at the end."""
+    s, q = e.s, e.req[r]
+    q.status = WAITING
+    q.need = _need(e, q)
+    if place == _HEAD:
+        s.queue_front -= 1
+        q.key = queue.FRONT
+        q.order = s.queue_front
+    elif place == _END or s.order == _FIFO:
+        s.queue_back += 1
+        q.key = np.inf if s.order != _FIFO else 0.0
+        q.order = s.queue_back
+    else:
+        q.key = queue_key(e, r)
+        q.order = r
+    queue.insert(e, r)
+
+
+@njit
+def arrive(e: Engine, until: float) -> None:
+    """Let the requests that arrive up to `until` (s) enter the queue; one that can never be admitted is dropped."""
+    s, req = e.s, e.req
+    while s.arrived < len(req) and req[s.arrived].arrival <= until:
+        if req[s.arrived].status == FUTURE:
+            enter_queue(e, s.arrived, _KEY)
+        s.arrived += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- the plan
+
+
+@njit
+def begin_plan(e: Engine) -> None:
+    """Start an empty plan for the next iteration."""
+    s = e.s
+    s.num_planned = 0
+    s.num_victims = 0
+    s.num_swapped_in = 0
+    s.budget = s.token_budget
+    s.prefill_tokens = 0
+    s.prefill_requests = 0
+    s.prefill_context = 0.0
+    s.prefill_cached = 0
+    s.decodes = 0
+    s.decode_context = 0
+    s.swapped_tokens = 0
+
+
+@njit
+def grant(e: Engine, r: int, tokens: int) -> bool:
+    """Give request r `tokens` tokens in this iteration; admits it if it waits.
+
+    A decoding request gets 1; a prefilling one a chunk of its prompt (after a preemption: of prompt and answer so far). KV blocks for the
+    chunk are taken now, at admission also those that the engine's `hold` rule reserves. False, with the error noted, if r cannot be
+    scheduled, the tokens are not what it can use, or blocks, running slots or (where enforced) the token budget do not suffice.
+    """
+    s = e.s
+    if r < 0 or r >= len(e.req):
+        return _fail(e, Error.UNKNOWN_REQUEST, r, r, len(e.req))
+    q = e.req[r]
+    admitted = q.status == WAITING
+    if not admitted and q.status != RUNNING:
+        return _fail(e, Error.NOT_SCHEDULABLE, r, q.status, 0)
+    if q.granted > 0:
+        return _fail(e, Error.TWICE, r, tokens, 0)
+    if tokens > s.budget and s.enforce_budget:
+        return _fail(e, Error.BUDGET, r, tokens, s.budget)
+    if admitted:
+        if q.in_flight > 0 or (s.num_running >= s.max_num_seqs):
+            return _fail(e, Error.SEQS, r, s.num_running, s.max_num_seqs)
+        rest = q.prompt + q.generated
+        hold = hold_tokens(e, q, s.hold)
+    else:
+        rest = max(1, q.target - q.computed)
+        hold = q.hold
+    if tokens < 1 or tokens > rest:
+        return _fail(e, Error.TOKENS, r, tokens, rest)
+    after = q.computed + tokens
+    need = (max(after, hold) + s.block_size - 1) // s.block_size - q.blocks
+    if need > s.free:
+        return _fail(e, Error.KV, r, need, s.free)
+    if need > 0:
+        s.free -= need
+        q.blocks += need
+    if admitted:
+        queue.remove(e, r)
+        q.status = RUNNING
+        q.target = rest
+        q.hold = hold
+        e.running[s.num_running] = r
+        s.num_running += 1
+        if np.isnan(q.first_scheduled):
+            q.first_scheduled = s.clock
+    if q.computed < q.target:
+        s.prefill_tokens += tokens
+        s.prefill_requests += 1
+        s.prefill_context += tokens * (q.computed + 0.5 * tokens)
+        s.prefill_cached += q.computed
+    else:
+        s.decodes += 1
+        s.decode_context += after
+    q.granted = tokens
+    s.budget -= tokens
+    e.plan[s.num_planned] = r
+    s.num_planned += 1
+    return True
+
+
+@njit
+def refund(e: Engine, r: int) -> None:
+    """Take the tokens of this iteration back from request r (its KV blocks stay)."""
+    s, q = e.s, e.req[r]
+    if q.computed < q.target:
+        s.prefill_tokens -= q.granted
+        s.prefill_requests -= 1
+        s.prefill_context -= q.granted * (q.computed + 0.5 * q.granted)
+        s.prefill_cached -= q.computed
+    else:
+        s.decodes -= 1
+        s.decode_context -= q.computed + q.granted
+    s.budget += q.granted
+    q.granted = 0
+    k = s.num_planned - 1
+    while e.plan[k] != r:
+        k -= 1
+    for j in range(k, s.num_planned - 1):
+        e.plan[j] = e.plan[j + 1]
+    s.num_planned -= 1
+
+
+@njit
+def _leave_running(e: Engine, r: int) -> None:
+    """Take r out of the running list; looked for from its end, where victims mostly are."""
+    s = e.s
+    k = s.num_running - 1
+    while e.running[k] != r:
+        k -= 1
+    for j in range(k, s.num_running - 1):
+        e.running[j] = e.running[j + 1]
+    s.num_running -= 1
+
+
+@njit
+def evict(e: Engine, r: int) -> bool:
+    """Preempt running request r: its KV blocks are freed, and it waits again, or is swapped to the CPU tier where the engine does so.
+
+    With recomputation it enters the queue where the scheduler's `resume` says, at once or (`defer_victims`) when the plan is complete.
+    One for which the CPU tier has no room is recomputed.
+    """
+    s = e.s
+    if r < 0 or r >= len(e.req):
+        return _fail(e, Error.UNKNOWN_REQUEST, r, r, len(e.req))
+    q = e.req[r]
+    if q.status != RUNNING:
+        return _fail(e, Error.NOT_RESIDENT, r, q.status, 0)
+    if q.granted > 0:
+        refund(e, r)
+    _leave_running(e, r)
+    e.victims[s.num_victims] = r
+    s.num_victims += 1
+    s.preemptions += 1
+    q.preemptions += 1
+    q.evicted_at = s.iterations
+    q.evicted_rest = max(0, q.target - q.computed)
+    s.free += q.blocks
+    s.kv_tokens -= q.computed
+    if s.swap and q.blocks <= s.cpu_free:
+        q.cpu_blocks = q.blocks
+        s.cpu_free -= q.blocks
+        q.blocks = 0
+        q.swaps += 1
+        q.status = SWAPPED
+        s.swapped_tokens += q.computed
+        e.swapped[s.num_swapped] = r
+        s.num_swapped += 1
+        return True
+    q.blocks = 0
+    q.recomputed += q.computed
+    q.computed = 0
+    q.hold = 0
+    if s.defer_victims:
+        q.status = EVICTED
+    else:
+        enter_queue(e, r, s.resume)
+    return True
+
+
+@njit
+def swap_in(e: Engine, r: int) -> bool:
+    """Bring swapped request r back: it takes its KV blocks and runs again (it still has to be granted a token)."""
+    s = e.s
+    if r < 0 or r >= len(e.req):
+        return _fail(e, Error.UNKNOWN_REQUEST, r, r, len(e.req))
+    q = e.req[r]
+    if q.status != SWAPPED:
+        return _fail(e, Error.NOT_SCHEDULABLE, r, q.status, 0)
+    if q.cpu_blocks > s.free:
+        return _fail(e, Error.KV, r, q.cpu_blocks, s.free)
+    if s.num_running >= s.max_num_seqs:
+        return _fail(e, Error.SEQS, r, s.num_running, s.max_num_seqs)
+    k = 0
+    while e.swapped[k] != r:
+        k += 1
+    for j in range(k, s.num_swapped - 1):
+        e.swapped[j] = e.swapped[j + 1]
+    s.num_swapped -= 1
+    s.free -= q.cpu_blocks
+    s.cpu_free += q.cpu_blocks
+    q.blocks = q.cpu_blocks
+    q.cpu_blocks = 0
+    q.status = RUNNING
+    s.kv_tokens += q.computed
+    s.swapped_tokens += q.computed
+    s.num_swapped_in += 1
+    e.running[s.num_running] = r
+    s.num_running += 1
+    return True
+
+
+@njit
+def end_plan(e: Engine) -> None:
+    """Complete the plan: deferred victims enter the queue, in the order that keeps the running order."""
+    s = e.s
+    if s.defer_victims:
+        for k in range(s.num_victims):
+            if e.req[e.victims[k]].status == EVICTED:
+                enter_queue(e, e.victims[k], s.resume)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the iteration
+
+
+@njit
+def iteration_time(e: Engine) -> float:
+    """Seconds that the planned iteration takes: the cost model, and what is swapped."""
+    s = e.s
+    t = batch_time(
+        e.cost, s.prefill_tokens, s.prefill_requests, s.prefill_context, s.prefill_cached, s.decodes, s.decode_context
+    )
+    if s.swapped_tokens > 0:
+        transfer = s.swapped_tokens * s.swap_s_per_token
+        t = max(t, transfer) if s.swap_overlap else t + transfer
+    return t
+
+
+@njit
+def finish(e: Engine, r: int, now: float) -> None:
+    """Request r is done: its KV blocks are free. It still has to leave the running list."""
+    s, q = e.s, e.req[r]
+    s.free += q.blocks
+    q.blocks = 0
+    s.kv_tokens -= q.computed
+    q.status = FINISHED
+    q.finish = now
+    s.num_finished += 1
+    k = length_class(q.prompt)
+    s.class_count[k] += 1.0
+    s.class_total[k] += q.prompt + q.generated
+
+
+@njit
+def _token_out(e: Engine, q, now: float) -> None:  # type: ignore[no-untyped-def]
+    """One token of q's answer appears at `now`."""
+    s = e.s
+    q.generated += 1
+    s.total_generated += 1
+    if np.isnan(q.first_token):
+        q.first_token = now
+    else:
+        if len(e.itl) > 0:
+            e.itl[itl_bin(now - q.last_token)] += 1
+    q.last_token = now
+
+
+@njit
+def drop_finished(e: Engine) -> None:
+    """Close the gaps that finished requests left in the running list."""
+    s = e.s
+    kept = 0
+    for k in range(s.num_running):
+        r = e.running[k]
+        if e.req[r].status == RUNNING:
+            e.running[kept] = r
+            kept += 1
+    s.num_running = kept
+
+
+@njit
+def _account(e: Engine, dt: float) -> None:
+    """Totals of an iteration of `dt` seconds; `kv_tokens` already counts its tokens."""
+    s = e.s
+    s.iterations += 1
+    s.busy += dt
+    s.total_prefill += s.prefill_tokens
+    s.total_decode += s.decodes
+    s.batch_sum += s.num_planned
+    s.kv_seconds += s.kv_tokens * dt
+
+
+@njit
+def execute(e: Engine) -> float:
+    """Run the planned iteration (synchronous scheduling) and return its duration (s)."""
+    s, req = e.s, e.req
+    dt = iteration_time(e)
+    now = s.clock + dt
+    s.clock = now
+    s.visible = now
+    s.kv_tokens += s.prefill_tokens + s.decodes
+    _account(e, dt)
+    before = s.num_finished
+    produced = s.total_generated
+    for k in range(s.num_planned):
+        r = e.plan[k]
+        q = req[r]
+        q.computed += q.granted
+        q.service += q.granted
+        q.granted = 0
+        if q.computed >= q.prompt + q.generated:
+            _token_out(e, q, now)
+            if q.generated >= q.stop:
+                finish(e, r, now)
+    if s.num_finished > before:
+        drop_finished(e)
+    if s.total_generated > produced:
+        s.last_progress = s.iterations
+    return dt
+
+
+@njit
+def collect(e: Engine) -> None:
+    """Asynchronous scheduling: see the tokens of the iteration that ended at `clock`."""
+    s, req = e.s, e.req
+    before = s.num_finished
+    for k in range(s.num_pending):
+        r = e.pending[k]
+        q = req[r]
+        q.in_flight -= 1
+        waiting = q.status == WAITING
+        if waiting:
+            queue.remove(e, r)
+        _token_out(e, q, s.clock)
+        s.last_progress = s.iterations
+        if q.generated >= q.stop:
+            if q.granted > 0:  # the answer ended by itself: one more token is computed in vain
+                q.granted = 0
+                s.total_wasted += 1
+            if q.status == SWAPPED:
+                _leave_swapped(e, r)
+            finish(e, r, s.clock)
+        elif waiting:
+            q.need = _need(e, q)
+            queue.insert(e, r)
+    s.num_pending = 0
+    if s.num_finished > before:
+        drop_finished(e)
+
+
+@njit
+def _leave_swapped(e: Engine, r: int) -> None:
+    s, q = e.s, e.req[r]
+    kept = 0
+    for k in range(s.num_swapped):
+        if e.swapped[k] != r:
+            e.swapped[kept] = e.swapped[k]
+            kept += 1
+    s.num_swapped = kept
+    s.cpu_free += q.cpu_blocks
+    q.cpu_blocks = 0
+    s.kv_tokens += q.computed  # `finish` takes them off again
+
+
+@njit
+def execute_behind(e: Engine) -> float:
+    """Run the planned iteration (asynchronous scheduling): its tokens are seen by `collect`, after the next plan is made."""
+    s, req = e.s, e.req
+    dt = iteration_time(e)
+    s.visible = s.clock
+    s.clock += dt
+    for k in range(s.num_planned):
+        r = e.plan[k]
+        q = req[r]
+        tokens = q.granted
+        if tokens == 0:  # finished while this plan was made
+            continue
+        q.granted = 0
+        q.computed += tokens
+        s.kv_tokens += tokens
+        q.service += tokens
+        if q.computed >= q.prompt + q.generated + q.in_flight:
+            q.in_flight += 1
+            e.pending[s.num_pending] = r
+            s.num_pending += 1
+    _account(e, dt)
+    return dt

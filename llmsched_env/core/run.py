@@ -1,0 +1,346 @@
+"""The loop: arrivals, plan, iteration, again; and the stretches in which nothing but decoding happens, taken in one go.
+
+Between two events (an arrival, a completion, a shortage of blocks) a batch that only decodes stays the same, so its iterations differ in
+their KV reads alone. `EXACT` adds their durations one by one, in the order in which iterating would, and so gives the same bits;
+`CLOSED` sums them in closed form where the cost model is linear in the KV reads, equal within rounding.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llmsched_env.core import queue
+from llmsched_env.core.compile import njit
+from llmsched_env.core.cost import batch_time, decode_line
+from llmsched_env.core.engine import (
+    arrive,
+    begin_plan,
+    collect,
+    drop_finished,
+    end_plan,
+    execute,
+    execute_behind,
+    finish,
+)
+from llmsched_env.core.histogram import itl_bin, itl_bin_start
+from llmsched_env.core.state import Engine, Error
+
+ITERATION = np.dtype(
+    [
+        ("start_s", "f8"),
+        ("end_s", "f8"),
+        ("prefill_tokens", "i4"),
+        ("decode_requests", "i4"),
+        ("kv_tokens", "i8"),  # resident when the iteration ends, before what finished is freed
+        ("preempted", "i4"),
+        ("swapped_in", "i4"),
+        ("entries", "i8"),  # end of its decisions in `entries`
+    ],
+    align=True,
+)
+EVICTED, SWAPPED_OUT = -1, -2  # in place of tokens in a log entry
+
+
+class Skip(enum.IntEnum):
+    """How stretches of pure decoding are run."""
+
+    NONE = 0
+    EXACT = 1
+    CLOSED = 2
+
+
+class Log(NamedTuple):
+    """What a run writes down: a row an iteration, and the decisions behind it. Arrays of length 0 switch it off.
+
+    Attributes:
+        rows: ITERATION records.
+        entries: (E, 2) int32: request and tokens; victims first, with EVICTED or SWAPPED_OUT for tokens.
+        used: (2,) int64: rows and entries written.
+    """
+
+    rows: Any
+    entries: Any
+    used: Any
+
+
+class Outcome(enum.IntEnum):
+    """Why a run returned."""
+
+    DONE = 0
+    MORE = 1  # the iterations allowed are used up
+    LOG_FULL = 2
+    ERROR = 3
+    HORIZON = 4
+    WAITING = 5  # only requests that can never be scheduled are left
+
+
+DONE, MORE, LOG_FULL, ERROR, HORIZON, STALLED = (int(x) for x in Outcome)
+_LIVELOCK = 1_000_000  # iterations without a token
+
+
+@njit
+def write_log(e: Engine, log: Log, start: float) -> None:
+    """Write the row of the iteration that has just been executed."""
+    s = e.s
+    row = log.rows[log.used[0]]
+    log.used[0] += 1
+    row.start_s = start
+    row.end_s = s.clock
+    row.prefill_tokens = s.prefill_tokens
+    row.decode_requests = s.decodes
+    row.kv_tokens = s.logged_kv
+    row.preempted = s.num_victims
+    row.swapped_in = s.num_swapped_in
+    row.entries = log.used[1]
+
+
+@njit
+def _log_plan(e: Engine, log: Log) -> None:
+    """Write the decisions of the plan before it is executed."""
+    s = e.s
+    if len(log.entries) == 0:
+        return
+    at = log.used[1]
+    for k in range(s.num_victims):
+        v = e.victims[k]
+        log.entries[at, 0] = v
+        log.entries[at, 1] = SWAPPED_OUT if e.req[v].cpu_blocks > 0 else EVICTED
+        at += 1
+    for prefills in range(2) if s.prefills_first else range(1):
+        for k in range(s.num_planned):
+            q = e.req[e.plan[k]]
+            if not s.prefills_first or (q.computed < q.target) == (prefills == 0):
+                log.entries[at, 0] = e.plan[k]
+                log.entries[at, 1] = q.granted
+                at += 1
+    log.used[1] = at
+
+
+@njit
+def _log_full(e: Engine, log: Log) -> bool:
+    """Whether the next iteration might not find room in the log."""
+    if len(log.rows) == 0:
+        return False
+    if log.used[0] >= len(log.rows):
+        return True
+    return len(log.entries) > 0 and log.used[1] + 2 * len(e.req) > len(log.entries)
+
+
+@njit
+def _next_arrival(e: Engine) -> float:
+    return e.req[e.s.arrived].arrival if e.s.arrived < len(e.req) else np.inf
+
+
+@njit
+def _settled(e: Engine) -> bool:
+    """After an iteration: whether the next ones can only repeat it until an event. Only then may a stretch be taken in one go."""
+    s = e.s
+    return (
+        s.decodes > 0
+        and s.decodes == s.num_running
+        and s.prefill_requests == 0
+        and s.num_victims == 0
+        and s.num_swapped_in == 0
+        and (s.steady == 2 or (s.steady == 1 and s.num_waiting == 0 and s.num_swapped == 0))
+        and _next_arrival(e) > s.clock
+    )
+
+
+@njit
+def _stretch_length(e: Engine, most: int) -> int:
+    """Iterations, at most `most`, until a running request finishes or blocks might run short; the finishing one included."""
+    s, req = e.s, e.req
+    steps = most
+    for k in range(s.num_running):
+        q = req[e.running[k]]
+        steps = min(steps, q.stop - q.generated)
+    spare = s.free - (1 if s.free_block_for_decode else 0)
+    if s.num_running * (steps // s.block_size + 1) <= spare:
+        return steps
+    low, high = 0, steps  # blocks suffice for `low`
+    while low < high:
+        middle = (low + high + 1) // 2
+        need = 0
+        for k in range(s.num_running):
+            q = req[e.running[k]]
+            need += max(0, (q.computed + middle + s.block_size - 1) // s.block_size - q.blocks)
+        if need <= spare:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@njit
+def _stretch(e: Engine, log: Log, most: int, horizon: float, closed: bool) -> None:
+    """Run the coming iterations of pure decoding, at most `most`, in one go."""
+    s, req = e.s, e.req
+    steps = _stretch_length(e, most)
+    if steps < 1:
+        return
+    batch = s.decodes
+    context = s.decode_context + batch
+    until = min(_next_arrival(e), horizon)
+    base, slope = decode_line(e.cost, batch) if closed else (np.nan, np.nan)
+    if closed and not np.isnan(base) and len(log.rows) == 0:
+        done = _sum_closed(e, steps, until, batch, base + slope * context, slope * batch)
+    else:
+        done = _sum_exact(e, log, steps, until, batch, context)
+    now = s.clock
+    s.visible = now
+    s.decode_context += done * batch
+    s.iterations += done
+    s.last_progress = s.iterations
+    s.total_decode += done * batch
+    s.total_generated += done * batch
+    s.batch_sum += done * batch
+    before = s.num_finished
+    for k in range(s.num_running):
+        r = e.running[k]
+        q = req[r]
+        q.computed += done
+        q.generated += done
+        q.service += done
+        q.last_token = now
+        need = (q.computed + s.block_size - 1) // s.block_size - q.blocks
+        if need > 0:
+            q.blocks += need
+            s.free -= need
+        if q.generated >= q.stop:
+            finish(e, r, now)
+    if s.num_finished > before:
+        drop_finished(e)
+
+
+@njit
+def _sum_exact(e: Engine, log: Log, steps: int, until: float, batch: int, context: int) -> int:
+    """Advance the clock iteration by iteration, until `steps` are done or one ends at `until` or later; returns how many."""
+    s = e.s
+    for done in range(steps):
+        start = s.clock
+        dt = batch_time(e.cost, 0, 0, 0.0, 0, batch, context + done * batch)
+        now = start + dt
+        s.clock = now
+        s.busy += dt
+        s.kv_tokens += batch
+        s.kv_seconds += s.kv_tokens * dt
+        if len(e.itl) > 0:
+            e.itl[itl_bin(now - start)] += batch
+        if len(log.rows) > 0:
+            if len(log.entries) > 0:
+                for k in range(s.num_planned):
+                    log.entries[log.used[1] + k, 0] = e.plan[k]
+                    log.entries[log.used[1] + k, 1] = 1
+                log.used[1] += s.num_planned
+            s.logged_kv = s.kv_tokens
+            write_log(e, log, start)
+        if now >= until or (len(log.rows) > 0 and _log_full(e, log)):
+            return done + 1
+    return steps
+
+
+@njit
+def _sum_closed(e: Engine, steps: int, until: float, batch: int, first: float, slope: float) -> int:
+    """As `_sum_exact`, where iteration j takes first + slope * j seconds."""
+    s = e.s
+    if s.clock + _series(first, slope, steps) > until:
+        # The smallest number of iterations that ends at `until` or later: the root of a parabola, set right by a step or two.
+        linear = first - 0.5 * slope
+        gap = until - s.clock
+        root = 2.0 * gap / (linear + np.sqrt(linear * linear + 2.0 * slope * gap))
+        n = min(steps, max(1, int(np.ceil(root))))
+        while n > 1 and s.clock + _series(first, slope, n - 1) >= until:
+            n -= 1
+        while n < steps and s.clock + _series(first, slope, n) < until:
+            n += 1
+        steps = n
+    total = _series(first, slope, steps)
+    kv = float(s.kv_tokens + batch)
+    one = 0.5 * steps * (steps - 1.0)
+    two = one * (2.0 * steps - 1.0) / 3.0
+    s.kv_seconds += steps * kv * first + (kv * slope + batch * first) * one + batch * slope * two
+    s.busy += total
+    s.clock += total
+    s.kv_tokens += steps * batch
+    if len(e.itl) > 0:
+        j = 0
+        while j < steps:
+            b = itl_bin(first + slope * j)
+            end = steps
+            if slope > 0.0:
+                end = min(steps, max(j + 1, int(np.ceil((itl_bin_start(b + 1) - first) / slope))))
+            e.itl[b] += batch * (end - j)
+            j = end
+    return steps
+
+
+@njit
+def _series(first: float, slope: float, n: int) -> float:
+    """Sum of first + slope * j for j < n."""
+    return n * (first + 0.5 * slope * (n - 1.0))
+
+
+def advance(e: Engine, plan: Callable[[Engine], None], log: Log, most: int, horizon: float, skip: int) -> int:
+    """Run an engine for at most `most` iterations, or until `horizon` (s); returns an `Outcome`.
+
+    `plan(e)` is the scheduler. Compiled as `advance_compiled` for a compiled scheduler; as it stands it runs one in plain Python.
+    """
+    s = e.s
+    last = s.iterations + most
+    while s.error == 0:
+        if s.iterations >= last:
+            return MORE
+        if s.clock >= horizon:
+            return HORIZON
+        if _log_full(e, log):
+            return LOG_FULL
+        arrive(e, s.visible)
+        begin_plan(e)
+        plan(e)
+        end_plan(e)
+        if s.error != 0:
+            break
+        seen = s.visible
+        if s.asynchronous:
+            collect(e)
+            seen = s.clock
+        if s.num_planned == 0 and s.num_victims == 0 and s.num_swapped_in == 0:
+            if s.visible < seen:  # plan again with what has been seen meanwhile
+                s.visible = seen
+            elif s.arrived < len(e.req):
+                s.clock = max(s.clock, e.req[s.arrived].arrival)
+                s.visible = s.clock
+            elif s.num_finished + s.num_dropped == len(e.req):
+                return DONE
+            elif s.patient:
+                s.clock = horizon
+                return STALLED
+            else:
+                s.error = STUCK
+                s.error_request = queue.first(e) if s.num_waiting > 0 else e.running[0] if s.num_running > 0 else e.swapped[0]
+            continue
+        start = s.clock
+        if len(log.rows) > 0:
+            _log_plan(e, log)
+            s.logged_kv = s.kv_tokens + s.prefill_tokens + s.decodes
+        if s.asynchronous:
+            execute_behind(e)
+        else:
+            execute(e)
+        if len(log.rows) > 0:
+            write_log(e, log, start)
+        if s.iterations - s.last_progress > _LIVELOCK:
+            s.error = LIVELOCK
+            s.error_request = queue.first(e) if s.num_waiting > 0 else e.running[0]
+            break
+        if skip != 0 and not s.asynchronous and _settled(e) and not _log_full(e, log):
+            _stretch(e, log, last - s.iterations, horizon, skip == 2)
+    return ERROR
+
+
+STUCK, LIVELOCK = int(Error.STUCK), int(Error.LIVELOCK)
+advance_compiled = njit(advance)

@@ -1,0 +1,240 @@
+"""The state of one or many engines, as a few packed arrays that compiled code advances in place.
+
+A *lane* is one engine with its requests. Lanes lie one behind the other in shared arrays, so that a batch of them is advanced by one
+compiled call; `engine_at` gives the view of one lane that every compiled function, scheduler and policy works on.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llmsched_env.core.compile import njit
+
+
+class Status(enum.IntEnum):
+    """Where a request is. `RUNNING` holds KV blocks and a place in the running list."""
+
+    FUTURE = 0  # has not arrived
+    WAITING = 1  # in the queue, holds nothing
+    RUNNING = 2
+    SWAPPED = 3  # its KV blocks are in the CPU tier
+    EVICTED = 4  # preempted in this iteration, enters the queue when the iteration is planned
+    FINISHED = 5
+    DROPPED = 6  # never admitted: too large for the engine
+
+
+class Hold(enum.IntEnum):
+    """For how many tokens of KV cache an admission tests, or holds, room."""
+
+    CHUNK = 0  # the tokens of this iteration only
+    KNOWN = 1  # all known tokens: the prompt and, after a preemption, the answer so far
+    PEAK = 2  # prompt + true output - 1: never preempted, needs an oracle
+    PREDICTED = 3  # prompt + predicted output - 1
+    DECLARED = 4  # prompt + declared maximum - 1
+    MODEL_LEN = 5  # the longest sequence of the model
+
+
+class Error(enum.IntEnum):
+    """The rule of the engine that a plan broke."""
+
+    NONE = 0
+    UNKNOWN_REQUEST = 1
+    NOT_SCHEDULABLE = 2
+    TWICE = 3
+    TOKENS = 4
+    BUDGET = 5
+    KV = 6
+    SEQS = 7
+    NOT_RESIDENT = 8
+    CPU_TIER = 9
+    STUCK = 10
+    LIVELOCK = 11
+
+
+# One request. The first 64 bytes are what each iteration touches.
+REQUEST = np.dtype(
+    [
+        ("status", "i4"),
+        ("computed", "i4"),  # tokens whose KV is computed (or being computed, asynchronously)
+        ("target", "i4"),  # the prefill is done when computed reaches it: prompt, plus the answer so far after a preemption
+        ("generated", "i4"),  # tokens of the answer that came out
+        ("stop", "i4"),  # tokens of the answer when it ends
+        ("prompt", "i4"),
+        ("blocks", "i4"),  # KV blocks held
+        ("granted", "i4"),  # tokens in the plan being built
+        ("in_flight", "i4"),  # tokens sampled but not yet seen (asynchronous scheduling)
+        ("hold", "i4"),  # tokens of KV reserved at admission
+        ("last_token", "f8"),
+        ("first_token", "f8"),
+        ("first_scheduled", "f8"),
+        # -- the queue: a treap over (key, order) --
+        ("key", "f8"),
+        ("order", "i8"),
+        ("up", "i4"),
+        ("left", "i4"),
+        ("right", "i4"),
+        ("need", "i4"),  # blocks that must be free to admit it
+        ("least", "i4"),  # smallest need in the subtree
+        ("limit", "i4"),  # tokens of the answer at which the engine itself stops it (declared maximum, model length)
+        # -- the rest --
+        ("arrival", "f8"),
+        ("finish", "f8"),
+        ("predicted", "f8"),
+        ("ttft_target", "f8"),
+        ("tpot_target", "f8"),
+        ("declared", "i4"),
+        ("priority", "i4"),
+        ("client", "i4"),
+        ("class_id", "i4"),
+        ("preemptions", "i4"),
+        ("swaps", "i4"),
+        ("recomputed", "i8"),  # tokens whose KV was dropped and had to be computed again
+        ("evicted_at", "i8"),  # iteration of the last preemption, -1: never
+        ("evicted_rest", "i4"),  # prefill tokens that were left then
+        ("cpu_blocks", "i4"),  # blocks held in the CPU tier
+        # -- scratch of the schedulers --
+        ("level", "i4"),
+        ("count", "i4"),
+        ("score", "f8"),
+        ("service", "f8"),
+    ],
+    align=True,
+)
+
+# One engine: settings, the policy's settings, counters. Filled by `simulation`, advanced by `engine` and `run`.
+_ENGINE: list[tuple[Any, ...]] = [
+    # settings
+    ("kv_blocks", "i8"),
+    ("block_size", "i8"),
+    ("token_budget", "i8"),
+    ("max_num_seqs", "i8"),
+    ("max_model_len", "i8"),
+    ("watermark_blocks", "i8"),
+    ("swap", "i8"),
+    ("cpu_blocks", "i8"),
+    ("swap_s_per_token", "f8"),
+    ("swap_overlap", "i8"),
+    ("asynchronous", "i8"),
+    # state
+    ("clock", "f8"),
+    ("visible", "f8"),  # arrivals up to here are seen by the scheduler
+    ("arrived", "i8"),  # requests [0, arrived) have entered
+    ("free", "i8"),
+    ("cpu_free", "i8"),
+    ("num_running", "i8"),
+    ("num_waiting", "i8"),
+    ("num_swapped", "i8"),
+    ("num_finished", "i8"),
+    ("num_dropped", "i8"),
+    ("kv_tokens", "i8"),  # computed tokens of all resident requests
+    ("root", "i8"),  # of the waiting queue, -1: empty
+    ("queue_front", "i8"),
+    ("queue_back", "i8"),
+    ("random", "u8"),  # state of the engine's own generator
+    # the plan being built
+    ("num_planned", "i8"),
+    ("num_victims", "i8"),
+    ("num_swapped_in", "i8"),
+    ("num_pending", "i8"),
+    ("budget", "i8"),  # tokens left
+    ("prefill_tokens", "i8"),
+    ("prefill_requests", "i8"),
+    ("prefill_context", "f8"),
+    ("prefill_cached", "i8"),
+    ("decodes", "i8"),
+    ("decode_context", "i8"),
+    ("swapped_tokens", "i8"),
+    # totals
+    ("iterations", "i8"),
+    ("preemptions", "i8"),
+    ("busy", "f8"),
+    ("total_prefill", "i8"),
+    ("total_decode", "i8"),
+    ("total_generated", "i8"),
+    ("total_wasted", "i8"),  # decode tokens computed after an answer had ended (asynchronous scheduling)
+    ("batch_sum", "f8"),  # sum over iterations of requests in the batch
+    ("kv_seconds", "f8"),  # integral of resident KV tokens over busy time
+    ("last_progress", "i8"),  # iteration in which a token last came out
+    ("logged_kv", "i8"),  # KV tokens resident at the end of the iteration that is being logged
+    # finished requests by class of prompt length, floor(log2 prompt): how many, and their prompt and output tokens
+    ("class_count", "f8", (32,)),
+    ("class_total", "f8", (32,)),
+    ("patient", "i8"),  # whether requests that can never be scheduled may wait for ever
+    # what went wrong
+    ("error", "i8"),
+    ("error_request", "i8"),
+    ("error_value", "i8"),
+    ("error_limit", "i8"),
+]
+
+
+def engine_dtype(policy: list[tuple[Any, ...]]) -> np.dtype[Any]:
+    """The record of one engine whose scheduler has the settings `policy`, a list of numpy field descriptions."""
+    return np.dtype(_ENGINE + policy, align=True)
+
+
+class Engine(NamedTuple):
+    """One engine, as compiled code and schedulers see it. Arrays are views; writing to them changes the engine.
+
+    Attributes:
+        s: the engine's record (settings, counters, the plan's totals).
+        req: (N,) records, one a request, in order of arrival.
+        running: (N,) int32; the first `s.num_running` are the running requests, in order.
+        plan: (N,) int32; the first `s.num_planned` get tokens in this iteration, `req[r].granted` each.
+        victims: (N,) int32; the first `s.num_victims` were preempted in this iteration, in order.
+        swapped: (N,) int32; the first `s.num_swapped` are in the CPU tier, oldest first.
+        pending: (N,) int32; requests whose sampled token the scheduler has not seen yet (asynchronous scheduling).
+        work: float64 workspace of the scheduler (tables, counters), its size as the scheduler asked.
+        cost: float64 vector of the cost model.
+        itl: (10240,) int64 histogram of inter-token latencies, or of length 0.
+    """
+
+    s: Any
+    req: Any
+    running: Any
+    plan: Any
+    victims: Any
+    swapped: Any
+    pending: Any
+    work: Any
+    cost: Any
+    itl: Any
+
+
+class Lanes(NamedTuple):
+    """Engines one behind the other. Lane i owns requests `first[i]:first[i+1]`, and so on for the other offsets."""
+
+    s: Any  # (L,) engine records
+    req: Any  # all requests
+    lists: Any  # int32, 5 for each request: running, plan, victims, swapped, pending
+    work: Any
+    cost: Any
+    itl: Any
+    first: Any  # (L + 1,) int64 offsets into req
+    first_work: Any
+    first_cost: Any
+    first_itl: Any
+
+
+@njit(inline="always")  # numba cannot return a record from a function
+def engine_at(lanes: Lanes, lane: int) -> Engine:
+    """The view of one lane."""
+    lo, hi = lanes.first[lane], lanes.first[lane + 1]
+    n = hi - lo
+    at = 5 * lo
+    lists = lanes.lists
+    return Engine(
+        lanes.s[lane],
+        lanes.req[lo:hi],
+        lists[at : at + n],
+        lists[at + n : at + 2 * n],
+        lists[at + 2 * n : at + 3 * n],
+        lists[at + 3 * n : at + 4 * n],
+        lists[at + 4 * n : at + 5 * n],
+        lanes.work[lanes.first_work[lane] : lanes.first_work[lane + 1]],
+        lanes.cost[lanes.first_cost[lane] : lanes.first_cost[lane + 1]],
+        lanes.itl[lanes.first_itl[lane] : lanes.first_itl[lane + 1]],
+    )

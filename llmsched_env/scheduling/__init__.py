@@ -1,0 +1,26 @@
+"""Scheduling: the one routine and its settings, and the compiled functions that plan an iteration."""
+
+from __future__ import annotations
+
+from llmsched_env.core.compile import njit
+from llmsched_env.core.run import Log, advance_compiled
+from llmsched_env.core.state import Engine, Lanes, engine_at
+from llmsched_env.scheduling.routine import plan_unified
+from llmsched_env.scheduling.scheduler import ENGINE, Scheduler
+from llmsched_env.scheduling.settings import Budget, Pass, Peak, Routine, Settings, Sort, Victim
+
+__all__ = ["ENGINE", "Budget", "Pass", "Peak", "Routine", "Scheduler", "Settings", "Sort", "Victim", "plan", "run_lane"]
+
+_UNIFIED = int(Routine.UNIFIED)
+
+
+@njit
+def plan(e: Engine) -> None:
+    """Plan the next iteration by the routine that the engine's settings name."""
+    plan_unified(e)
+
+
+@njit
+def run_lane(lanes: Lanes, lane: int, log: Log, most: int, horizon: float, skip: int) -> int:
+    """Advance one engine under its built-in scheduler; see `core.run.advance`."""
+    return advance_compiled(engine_at(lanes, lane), plan, log, most, horizon, skip)

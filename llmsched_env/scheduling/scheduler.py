@@ -1,0 +1,85 @@
+"""A scheduler: its settings or the user's own function, and the engine defaults of the system it stands for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from llmsched_env.core.config import EngineConfig
+from llmsched_env.core.engine import Order
+from llmsched_env.core.state import Engine, engine_dtype
+from llmsched_env.scheduling.settings import Budget, Peak, Routine, Settings, Sort, Victim, policy_fields
+
+ENGINE = engine_dtype(policy_fields())
+
+# Engine settings where neither the user nor the scheduler's system says anything.
+DEFAULTS: dict[str, Any] = {
+    "token_budget": 2048,
+    "max_num_seqs": 256,
+    "watermark": 0.0,
+    "preemption": "recompute",
+    "async_scheduling": False,
+}
+_PREDICTING = {Order.OUTPUT, Order.TOTAL, Order.AREA, Order.REMAINING, Order.BOOST}
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduler:
+    """Who decides what runs in an iteration.
+
+    Attributes:
+        name: as in tables and on the command line.
+        settings: of the one routine, or of a routine of its own.
+        engine: engine settings of the system it stands for; a user's `EngineConfig` goes before them.
+        plan: a function of the user's own with the signature `plan(engine)`, plain Python or compiled by numba; None: the routine that
+            `settings` names.
+        uses_predictions: whether it needs predicted lengths. (The routine's orders and tests that do are recognised without it.)
+        workspace: float64 numbers of scratch memory it needs, as a function of the number of requests and of clients.
+        summary, source: what it is, and where its rules are from.
+    """
+
+    name: str
+    settings: Settings = dataclasses.field(default_factory=Settings)
+    engine: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    plan: Callable[[Engine], None] | None = None
+    uses_predictions: bool = False
+    workspace: Callable[[int, int], int] | None = None
+    summary: str = ""
+    source: str = ""
+
+    def replace(self, **changes: Any) -> Scheduler:
+        """A copy with some settings changed (`Settings.replace`)."""
+        return dataclasses.replace(self, settings=self.settings.replace(**changes))
+
+    def resolve(self, config: EngineConfig) -> EngineConfig:
+        """`config` with this scheduler's defaults where it says nothing (KV capacity and model length are left alone)."""
+        return config.or_else(**{**DEFAULTS, **self.engine})
+
+    def pack(self, record: Any) -> None:
+        """Write the settings into an engine's record."""
+        self.settings.pack(record)
+        record["enforce_budget"] = self.plan is not None
+        record["steady"] = self._steady()
+
+    def needs_predictions(self) -> bool:
+        """Whether it decides with predicted lengths, so that requests without one are an error."""
+        s = self.settings
+        return self.uses_predictions or s.order in _PREDICTING or s.peak is Peak.PREDICTED or s.protect_after != float("inf")
+
+    def work_size(self, num_requests: int, num_clients: int) -> int:
+        """float64 numbers of workspace for so many requests and clients."""
+        own = self.workspace(num_requests, num_clients) if self.workspace is not None else 0
+        return max(own, 2 * num_requests + 4 if self.settings.peak is not Peak.NONE else 0)
+
+    def _steady(self) -> int:
+        """How long its decisions stay the same while all that happens is decoding: 2, until something arrives, finishes or finds no
+        block; 1, only while nobody waits; 0, they may change at any time."""
+        s = self.settings
+        if self.plan is not None or s.prefill_interval > 1:
+            return 0
+        if s.routine is not Routine.UNIFIED:
+            return 0
+        moving = s.peak is not Peak.NONE or s.admission_preempts or s.budget_rule is not Budget.FIXED or s.preempt_for_priority
+        merged = s.sort in (Sort.KEY,) or s.victim is Victim.KEY or s.order in (Order.RANDOM, Order.SCORE, Order.ATTAINED)
+        return 1 if moving or merged else 2

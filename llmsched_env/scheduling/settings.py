@@ -1,0 +1,249 @@
+"""The settings of the one scheduling routine, and how they are packed for compiled code."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from typing import Any
+
+import numpy as np
+
+from llmsched_env.core.engine import Order, Place
+from llmsched_env.core.state import Hold
+from llmsched_env.errors import InputError, unknown
+
+
+class Routine(enum.IntEnum):
+    """Which compiled function plans an iteration."""
+
+    UNIFIED = 0
+    RANDOM = 1
+    FASTSERVE = 2
+    SGLANG = 3
+    TRTLLM = 4
+    LIGHTLLM = 5
+    TGI = 6
+    VTC = 7
+    RANKED = 8  # LTR
+    SORTED_F = 9
+    A_MIN = 10
+    WAIT = 11
+    RAD = 12
+    SLAI = 13
+    SIMPLE_CHUNKING = 14
+
+
+class Pass(enum.IntEnum):
+    """One walk over requests; a scheduler makes up to four, in its order."""
+
+    NONE = 0
+    RUNNING = 1  # decodes and unfinished prefills, in the order of the running list
+    DECODES = 2
+    CHUNKS = 3  # running requests whose prefill is unfinished
+    ADMIT = 4  # the queue
+    SWAP_IN = 5  # the CPU tier
+    MERGED = 6  # running and waiting requests together, by the queue's key
+
+
+class Victim(enum.IntEnum):
+    """Who is preempted when a running request finds no KV block."""
+
+    NEWEST = 0  # the last of the running list (vLLM, Sarathi-Serve, "NRF")
+    PRIORITY = 1  # the lowest priority, then the latest arrival, even if it is in the plan already
+    SHORTEST = 2  # fewest KVs among those not in the plan ("SRF"), newest among equals
+    LONGEST = 3  # most KVs among those not in the plan ("LRF")
+    KEY = 4  # the last in the queue's order, among those not in the plan
+
+
+class Sort(enum.IntEnum):
+    """How the running list is ordered before an iteration is planned."""
+
+    ADMISSION = 0
+    ARRIVAL = 1
+    LONGEST_KV = 2  # most KVs first
+    KEY = 3  # the queue's key
+
+
+class Budget(enum.IntEnum):
+    """How many prefill tokens an iteration may hold."""
+
+    FIXED = 0
+    LOAD_ADAPTIVE = 1  # grows with the prompt tokens that wait
+
+
+class Peak(enum.IntEnum):
+    """The forward-looking admission test: whether memory suffices at every coming completion."""
+
+    NONE = 0
+    PREDICTED = 1  # with predicted lengths
+    TRUE = 2  # with true lengths
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What makes a scheduler, in the vocabulary of one routine (after INFERMAX, arXiv 2411.07447, section 3).
+
+    An iteration is planned by up to four passes. A pass visits requests in order and gives each the tokens it wants, as the token budget,
+    the running slots and the KV cache allow; a running request that finds no block preempts a victim.
+
+    Attributes:
+        routine: the compiled function; all but `UNIFIED` have rules of their own and read `x`.
+        passes: the walks of an iteration, in order.
+        order: order of the waiting queue.
+        resume: where a preempted request enters it again.
+        mixed: whether prefill and decode tokens may share an iteration; if not, the first pass that finds work wins.
+        chunked: whether prompts may be cut to the token budget; if not, a prompt that does not fit stops the pass.
+        chunk_cap: most tokens of one chunk; 0: the budget alone (vLLM V1: long_prefill_token_threshold).
+        chunk_cap_alone: whether the cap also holds for a request that is alone in the engine (vLLM V1 0.11: yes, 0.33: no).
+        chunk_cap_adaptive: raise the cap to token budget // requests present (vLLM V1 0.33, optional).
+        limit_decodes: whether decodes stop at the token budget; else they only use it up.
+        limit_prefills: whether prefills stop at the token budget; else prompts of any length run together.
+        test: for how many tokens KV must be free to admit a request.
+        hold: how many of them are reserved at once.
+        watermark_when_idle: whether the watermark also holds while nothing runs.
+        admit_after_preemption: whether requests are admitted in an iteration that preempted someone.
+        admit_while_swapped: whether new requests are admitted while some are in the CPU tier.
+        defer_victims: whether a victim enters the queue only when the plan is complete.
+        backfill: how many requests beyond the first that does not fit are tried; 0: strict head-of-line blocking.
+        victim: who is preempted.
+        sort: how the running list is ordered.
+        free_block_for_decode: whether every decode needs a free block even if it crosses no block boundary (vLLM v0, Sarathi-Serve).
+        free_block_for_chunk: likewise an unfinished chunk, unless its sequence ends on a block boundary (vLLM v0, chunked).
+        reorder_chunked: vLLM v0's running list after a chunked iteration: left-overs, swapped in, decodes, prefills, new.
+        prefills_first: whether the reported plan lists prefills before decodes.
+        admission_preempts: whether the queue's head may preempt running requests that come after it in the order (SRPT, priorities).
+        protect_after: with that, share of the predicted output after which a request is not preempted (TRAIL); inf: never safe.
+        preempt_for_priority: vLLM v0's priority policy.
+        max_batch_requests: most requests in one iteration; 0: no limit.
+        prefill_interval: iterations between two that carry prefills (vLLM V1: prefill_schedule_interval).
+        budget_rule: how the budget of prefill tokens is set.
+        budget_low, budget_high: its range in tokens, for rules that move it.
+        peak: the forward-looking admission test.
+        length_classes: SRF+Hist: admit a prompt of a length class only if its mean total would fit.
+        hist_threshold: smallest prompt for which that holds.
+        boost_gamma: gamma of the `BOOST` order, per token.
+        stop_one_later: whether an answer ends when it exceeds the model length rather than when it reaches it (vLLM v0).
+        x: up to 16 numbers for routines of their own.
+    """
+
+    routine: Routine = Routine.UNIFIED
+    passes: tuple[Pass, ...] = (Pass.RUNNING, Pass.ADMIT)
+    order: Order = Order.FIFO
+    resume: Place = Place.HEAD
+    mixed: bool = True
+    chunked: bool = True
+    chunk_cap: int = 0
+    chunk_cap_alone: bool = False
+    chunk_cap_adaptive: bool = False
+    limit_decodes: bool = True
+    limit_prefills: bool = True
+    test: Hold = Hold.KNOWN
+    hold: Hold = Hold.CHUNK
+    watermark_when_idle: bool = True
+    admit_after_preemption: bool = True
+    admit_while_swapped: bool = False
+    defer_victims: bool = False
+    backfill: int = 0
+    victim: Victim = Victim.NEWEST
+    sort: Sort = Sort.ADMISSION
+    free_block_for_decode: bool = False
+    free_block_for_chunk: bool = False
+    reorder_chunked: bool = False
+    prefills_first: bool = False
+    admission_preempts: bool = False
+    protect_after: float = float("inf")
+    preempt_for_priority: bool = False
+    max_batch_requests: int = 0
+    prefill_interval: int = 1
+    budget_rule: Budget = Budget.FIXED
+    budget_low: int = 0
+    budget_high: int = 0
+    peak: Peak = Peak.NONE
+    length_classes: bool = False
+    hist_threshold: int = 0
+    boost_gamma: float = 0.0
+    stop_one_later: bool = False
+    x: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.passes) <= 4:
+            raise InputError(f"a scheduler makes 1 to 4 passes, not {len(self.passes)}")
+        for name in ("chunk_cap", "backfill", "max_batch_requests", "budget_low", "budget_high", "hist_threshold"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
+        if self.prefill_interval < 1:
+            raise InputError(f"prefill_interval must be at least 1, not {self.prefill_interval}")
+        if self.order is Order.BOOST and not self.boost_gamma > 0:
+            raise InputError(f"the order BOOST needs a positive boost_gamma, not {self.boost_gamma}")
+        if self.budget_rule is not Budget.FIXED and not 1 <= self.budget_low <= self.budget_high:
+            raise InputError(f"budget_low {self.budget_low} to budget_high {self.budget_high} is not a range of at least 1 token")
+        if len(self.x) > _X:
+            raise InputError(f"x holds at most {_X} numbers, not {len(self.x)}")
+
+    def replace(self, **changes: Any) -> Settings:
+        """A copy with some settings changed. Values may be text, as from a command line; unknown names are an `InputError`."""
+        fields = {f.name: f for f in dataclasses.fields(self)}
+        parsed = {}
+        for name, value in changes.items():
+            if name not in fields or name in ("routine", "x"):
+                raise unknown("scheduler setting", name, [n for n in fields if n not in ("routine", "x")])
+            parsed[name] = _parse(name, value, getattr(self, name))
+        return dataclasses.replace(self, **parsed)
+
+    def pack(self, record: Any) -> None:
+        """Write the settings into the fields of an engine's record."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "passes":
+                for i in range(4):
+                    record[f"pass{i}"] = value[i] if i < len(value) else Pass.NONE
+            elif field.name == "x":
+                record["x"][: len(value)] = value
+            else:
+                record[field.name] = value
+
+
+_X = 16
+
+
+def policy_fields() -> list[tuple[Any, ...]]:
+    """numpy fields that hold packed `Settings`: integers, except for floats; `x` is an array."""
+    fields: list[tuple[Any, ...]] = []
+    for field in dataclasses.fields(Settings):
+        if field.name == "passes":
+            fields += [(f"pass{i}", "i8") for i in range(4)]
+        elif field.name == "x":
+            fields.append(("x", "f8", (_X,)))
+        else:
+            fields.append((field.name, "f8" if isinstance(field.default, float) else "i8"))
+    # How a run treats the scheduler, and what its passes note down.
+    fields += [("enforce_budget", "i8"), ("steady", "i8"), ("last_prefill", "i8"), ("saturated", "i8"), ("unsorted", "i8")]
+    return fields
+
+
+def _parse(name: str, value: Any, like: Any) -> Any:
+    """`value`, perhaps text, as the type of the setting's present value."""
+    try:
+        if isinstance(like, bool):
+            if isinstance(value, str):
+                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
+            return bool(value)
+        if isinstance(like, enum.IntEnum):
+            kind = type(like)
+            return kind[value.upper().replace("-", "_")] if isinstance(value, str) else kind(value)
+        if isinstance(like, tuple):
+            parts = value.split(",") if isinstance(value, str) else value
+            return tuple(Pass[p.upper().replace("-", "_")] if isinstance(p, str) else Pass(p) for p in parts)
+        if isinstance(like, float):
+            number = float(value)
+            if np.isnan(number):
+                raise ValueError
+            return number
+        if isinstance(value, float) and value != int(value):
+            raise ValueError
+        return int(value)
+    except (KeyError, ValueError, TypeError):
+        known = ""
+        if isinstance(like, enum.IntEnum):
+            known = "; known: " + ", ".join(m.lower().replace("_", "-") for m in type(like).__members__)
+        raise InputError(f"scheduler setting {name}: {value!r} is not a value for it{known}") from None
