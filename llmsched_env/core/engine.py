@@ -62,7 +62,7 @@ _HEAD, _KEY, _END = (int(x) for x in Place)
 @njit
 def blocks_for(e: Engine, tokens: int) -> int:
     """KV blocks that hold `tokens` tokens."""
-    return (tokens + e.s.block_size - 1) // e.s.block_size
+    return np.int64(np.uint32(tokens + e.s.block_size - 1) // np.uint32(e.s.block_size))  # unsigned: no case for negatives
 
 
 @njit
@@ -157,7 +157,7 @@ def queue_key(e: Engine, r: int) -> float:
         # gamma-boost: arrival - ln(1 / (1 - exp(-gamma * size))) / gamma, size in predicted tokens
         return q.arrival + np.log(-np.expm1(-e.s.boost_gamma * q.predicted)) / e.s.boost_gamma
     if order == _ATTAINED:
-        return q.service
+        return np.float64(q.recomputed + q.computed)
     if order == _RANDOM:
         return random_unit(e)
     return q.score
@@ -249,10 +249,10 @@ def grant(e: Engine, r: int, tokens: int) -> bool:
     if tokens < 1 or tokens > rest:
         return _fail(e, Error.TOKENS, r, tokens, rest)
     after = q.computed + tokens
-    need = (max(after, hold) + s.block_size - 1) // s.block_size - q.blocks
-    if need > s.free:
-        return _fail(e, Error.KV, r, need, s.free)
-    if need > 0:
+    if max(after, hold) > q.blocks * s.block_size:
+        need = blocks_for(e, max(after, hold)) - q.blocks
+        if need > s.free:
+            return _fail(e, Error.KV, r, need, s.free)
         s.free -= need
         q.blocks += need
     if admitted:
@@ -277,6 +277,18 @@ def grant(e: Engine, r: int, tokens: int) -> bool:
     e.plan[s.num_planned] = r
     s.num_planned += 1
     return True
+
+
+@njit(inline="always")
+def grant_decode(e: Engine, r: int) -> None:
+    """`grant(e, r, 1)` for a decoding request whose next token fits into a block it holds: the case that is by far the most frequent."""
+    s, q = e.s, e.req[r]
+    q.granted = 1
+    s.decodes += 1
+    s.decode_context += q.computed + 1
+    s.budget -= 1
+    e.plan[s.num_planned] = r
+    s.num_planned += 1
 
 
 @njit
@@ -486,7 +498,6 @@ def execute(e: Engine) -> float:
         r = e.plan[k]
         q = req[r]
         q.computed += q.granted
-        q.service += q.granted
         q.granted = 0
         if q.computed >= q.prompt + q.generated:
             _token_out(e, q, now)
@@ -558,7 +569,6 @@ def execute_behind(e: Engine) -> float:
         q.granted = 0
         q.computed += tokens
         s.kv_tokens += tokens
-        q.service += tokens
         if q.computed >= q.prompt + q.generated + q.in_flight:
             q.in_flight += 1
             e.pending[s.num_pending] = r

@@ -19,6 +19,7 @@ from llmsched_env.core.cost import batch_time, decode_line
 from llmsched_env.core.engine import (
     arrive,
     begin_plan,
+    blocks_for,
     collect,
     drop_finished,
     end_plan,
@@ -38,7 +39,7 @@ ITERATION = np.dtype(
         ("kv_tokens", "i8"),  # resident when the iteration ends, before what finished is freed
         ("preempted", "i4"),
         ("swapped_in", "i4"),
-        ("entries", "i8"),  # end of its decisions in `entries`
+        ("entries", "i8"),  # end of its decisions in the log
     ],
     align=True,
 )
@@ -58,12 +59,13 @@ class Log(NamedTuple):
 
     Attributes:
         rows: ITERATION records.
-        entries: (E, 2) int32: request and tokens; victims first, with EVICTED or SWAPPED_OUT for tokens.
+        requests, tokens: (E,) int32: decisions; victims first, with EVICTED or SWAPPED_OUT for tokens.
         used: (2,) int64: rows and entries written.
     """
 
     rows: Any
-    entries: Any
+    requests: Any
+    tokens: Any
     used: Any
 
 
@@ -79,6 +81,8 @@ class Outcome(enum.IntEnum):
 
 
 DONE, MORE, LOG_FULL, ERROR, HORIZON, STALLED = (int(x) for x in Outcome)
+READY = -1  # none of these: the run goes on
+STUCK, LIVELOCK = int(Error.STUCK), int(Error.LIVELOCK)
 _LIVELOCK = 1_000_000  # iterations without a token
 
 
@@ -102,20 +106,20 @@ def write_log(e: Engine, log: Log, start: float) -> None:
 def _log_plan(e: Engine, log: Log) -> None:
     """Write the decisions of the plan before it is executed."""
     s = e.s
-    if len(log.entries) == 0:
+    if len(log.requests) == 0:
         return
     at = log.used[1]
     for k in range(s.num_victims):
         v = e.victims[k]
-        log.entries[at, 0] = v
-        log.entries[at, 1] = SWAPPED_OUT if e.req[v].cpu_blocks > 0 else EVICTED
+        log.requests[at] = v
+        log.tokens[at] = SWAPPED_OUT if e.req[v].cpu_blocks > 0 else EVICTED
         at += 1
     for prefills in range(2) if s.prefills_first else range(1):
         for k in range(s.num_planned):
             q = e.req[e.plan[k]]
             if not s.prefills_first or (q.computed < q.target) == (prefills == 0):
-                log.entries[at, 0] = e.plan[k]
-                log.entries[at, 1] = q.granted
+                log.requests[at] = e.plan[k]
+                log.tokens[at] = q.granted
                 at += 1
     log.used[1] = at
 
@@ -127,7 +131,7 @@ def _log_full(e: Engine, log: Log) -> bool:
         return False
     if log.used[0] >= len(log.rows):
         return True
-    return len(log.entries) > 0 and log.used[1] + 2 * len(e.req) > len(log.entries)
+    return len(log.requests) > 0 and log.used[1] + 2 * len(e.req) > len(log.requests)
 
 
 @njit
@@ -167,7 +171,7 @@ def _stretch_length(e: Engine, most: int) -> int:
         need = 0
         for k in range(s.num_running):
             q = req[e.running[k]]
-            need += max(0, (q.computed + middle + s.block_size - 1) // s.block_size - q.blocks)
+            need += max(0, blocks_for(e, q.computed + middle) - q.blocks)
         if need <= spare:
             low = middle
         else:
@@ -204,10 +208,9 @@ def _stretch(e: Engine, log: Log, most: int, horizon: float, closed: bool) -> No
         q = req[r]
         q.computed += done
         q.generated += done
-        q.service += done
         q.last_token = now
-        need = (q.computed + s.block_size - 1) // s.block_size - q.blocks
-        if need > 0:
+        if q.computed > q.blocks * s.block_size:
+            need = blocks_for(e, q.computed) - q.blocks
             q.blocks += need
             s.free -= need
         if q.generated >= q.stop:
@@ -231,10 +234,10 @@ def _sum_exact(e: Engine, log: Log, steps: int, until: float, batch: int, contex
         if len(e.itl) > 0:
             e.itl[itl_bin(now - start)] += batch
         if len(log.rows) > 0:
-            if len(log.entries) > 0:
+            if len(log.requests) > 0:
                 for k in range(s.num_planned):
-                    log.entries[log.used[1] + k, 0] = e.plan[k]
-                    log.entries[log.used[1] + k, 1] = 1
+                    log.requests[log.used[1] + k] = e.plan[k]
+                    log.tokens[log.used[1] + k] = 1
                 log.used[1] += s.num_planned
             s.logged_kv = s.kv_tokens
             write_log(e, log, start)
@@ -284,63 +287,90 @@ def _series(first: float, slope: float, n: int) -> float:
     return n * (first + 0.5 * slope * (n - 1.0))
 
 
-def advance(e: Engine, plan: Callable[[Engine], None], log: Log, most: int, horizon: float, skip: int) -> int:
-    """Run an engine for at most `most` iterations, or until `horizon` (s); returns an `Outcome`.
+@njit
+def before_plan(e: Engine, log: Log, last: int, horizon: float) -> int:
+    """Begin an iteration: requests arrive, the plan is empty. READY, or the `Outcome` that ends the run."""
+    s = e.s
+    if s.error != 0:
+        return ERROR
+    if s.iterations >= last:
+        return MORE
+    if s.clock >= horizon:
+        return HORIZON
+    if _log_full(e, log):
+        return LOG_FULL
+    arrive(e, s.visible)
+    begin_plan(e)
+    return READY
 
-    `plan(e)` is the scheduler. Compiled as `advance_compiled` for a compiled scheduler; as it stands it runs one in plain Python.
+
+@njit
+def after_plan(e: Engine, log: Log, last: int, horizon: float, skip: int) -> int:
+    """Run the planned iteration, or wait for the next arrival if nothing is planned, and the stretch of decoding that follows.
+
+    READY, or the `Outcome` that ends the run.
     """
     s = e.s
-    last = s.iterations + most
-    while s.error == 0:
-        if s.iterations >= last:
-            return MORE
-        if s.clock >= horizon:
-            return HORIZON
-        if _log_full(e, log):
-            return LOG_FULL
-        arrive(e, s.visible)
-        begin_plan(e)
-        plan(e)
-        end_plan(e)
-        if s.error != 0:
-            break
-        seen = s.visible
-        if s.asynchronous:
-            collect(e)
-            seen = s.clock
-        if s.num_planned == 0 and s.num_victims == 0 and s.num_swapped_in == 0:
-            if s.visible < seen:  # plan again with what has been seen meanwhile
-                s.visible = seen
-            elif s.arrived < len(e.req):
-                s.clock = max(s.clock, e.req[s.arrived].arrival)
-                s.visible = s.clock
-            elif s.num_finished + s.num_dropped == len(e.req):
-                return DONE
-            elif s.patient:
-                s.clock = horizon
-                return STALLED
-            else:
-                s.error = STUCK
-                s.error_request = queue.first(e) if s.num_waiting > 0 else e.running[0] if s.num_running > 0 else e.swapped[0]
-            continue
-        start = s.clock
-        if len(log.rows) > 0:
-            _log_plan(e, log)
-            s.logged_kv = s.kv_tokens + s.prefill_tokens + s.decodes
-        if s.asynchronous:
-            execute_behind(e)
+    end_plan(e)
+    if s.error != 0:
+        return ERROR
+    seen = s.visible
+    if s.asynchronous:
+        collect(e)
+        seen = s.clock
+    if s.num_planned == 0 and s.num_victims == 0 and s.num_swapped_in == 0:
+        if s.visible < seen:  # plan again with what has been seen meanwhile
+            s.visible = seen
+        elif s.arrived < len(e.req):
+            s.clock = max(s.clock, e.req[s.arrived].arrival)
+            s.visible = s.clock
+        elif s.num_finished + s.num_dropped == len(e.req):
+            return DONE
+        elif s.patient:
+            s.clock = horizon
+            return STALLED
         else:
-            execute(e)
-        if len(log.rows) > 0:
-            write_log(e, log, start)
-        if s.iterations - s.last_progress > _LIVELOCK:
-            s.error = LIVELOCK
-            s.error_request = queue.first(e) if s.num_waiting > 0 else e.running[0]
-            break
-        if skip != 0 and not s.asynchronous and _settled(e) and not _log_full(e, log):
-            _stretch(e, log, last - s.iterations, horizon, skip == 2)
+            return _give_up(e, STUCK)
+        return READY
+    start = s.clock
+    if len(log.rows) > 0:
+        _log_plan(e, log)
+        s.logged_kv = s.kv_tokens + s.prefill_tokens + s.decodes
+    if s.asynchronous:
+        execute_behind(e)
+    else:
+        execute(e)
+    if len(log.rows) > 0:
+        write_log(e, log, start)
+    if s.iterations - s.last_progress > _LIVELOCK:
+        return _give_up(e, LIVELOCK)
+    if skip != 0 and not s.asynchronous and _settled(e) and not _log_full(e, log):
+        _stretch(e, log, last - s.iterations, horizon, skip == 2)
+    return READY
+
+
+@njit
+def _give_up(e: Engine, error: int) -> int:
+    """Note that nothing moves any more, and the request to name in the message."""
+    s = e.s
+    s.error = error
+    if s.num_waiting > 0:
+        s.error_request = queue.first(e)
+    else:
+        s.error_request = e.running[0] if s.num_running > 0 else e.swapped[0]
     return ERROR
 
 
-STUCK, LIVELOCK = int(Error.STUCK), int(Error.LIVELOCK)
-advance_compiled = njit(advance)
+def advance(e: Engine, plan: Callable[[Engine], None], log: Log, most: int, horizon: float, skip: int) -> int:
+    """Run an engine under the scheduler `plan(e)` for at most `most` iterations, or until `horizon` (s); returns an `Outcome`.
+
+    As it stands it runs a scheduler in plain Python; `numba.njit(advance)` runs a compiled one.
+    """
+    last = e.s.iterations + most
+    outcome = READY
+    while outcome == READY:
+        outcome = before_plan(e, log, last, horizon)
+        if outcome == READY:
+            plan(e)
+            outcome = after_plan(e, log, last, horizon, skip)
+    return outcome

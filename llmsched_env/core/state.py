@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llmsched_env.core.compile import njit
+from llmsched_env.core.span import span
 
 
 class Status(enum.IntEnum):
@@ -99,7 +100,6 @@ REQUEST = np.dtype(
         ("level", "i4"),
         ("count", "i4"),
         ("score", "f8"),
-        ("service", "f8"),
     ],
     align=True,
 )
@@ -177,7 +177,9 @@ def engine_dtype(policy: list[tuple[Any, ...]]) -> np.dtype[Any]:
 
 
 class Engine(NamedTuple):
-    """One engine, as compiled code and schedulers see it. Arrays are views; writing to them changes the engine.
+    """One engine, as compiled code and schedulers see it: views, so that writing to them changes the engine.
+
+    Compiled code gets spans (`span.Span`), plain Python gets arrays; both are indexed alike.
 
     Attributes:
         s: the engine's record (settings, counters, the plan's totals).
@@ -228,13 +230,13 @@ def engine_at(lanes: Lanes, lane: int) -> Engine:
     lists = lanes.lists
     return Engine(
         lanes.s[lane],
-        lanes.req[lo:hi],
-        lists[at : at + n],
-        lists[at + n : at + 2 * n],
-        lists[at + 2 * n : at + 3 * n],
-        lists[at + 3 * n : at + 4 * n],
-        lists[at + 4 * n : at + 5 * n],
-        lanes.work[lanes.first_work[lane] : lanes.first_work[lane + 1]],
-        lanes.cost[lanes.first_cost[lane] : lanes.first_cost[lane + 1]],
-        lanes.itl[lanes.first_itl[lane] : lanes.first_itl[lane + 1]],
+        span(lanes.req[lo:hi]),
+        span(lists[at : at + n]),
+        span(lists[at + n : at + 2 * n]),
+        span(lists[at + 2 * n : at + 3 * n]),
+        span(lists[at + 3 * n : at + 4 * n]),
+        span(lists[at + 4 * n : at + 5 * n]),
+        span(lanes.work[lanes.first_work[lane] : lanes.first_work[lane + 1]]),
+        span(lanes.cost[lanes.first_cost[lane] : lanes.first_cost[lane + 1]]),
+        span(lanes.itl[lanes.first_itl[lane] : lanes.first_itl[lane + 1]]),
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from llmsched_env.core.compile import njit
-from llmsched_env.core.run import Log, advance_compiled
+from llmsched_env.core.run import READY, Log, after_plan, before_plan
+from llmsched_env.core.span import span
 from llmsched_env.core.state import Engine, Lanes, engine_at
 from llmsched_env.scheduling.routine import plan_unified
 from llmsched_env.scheduling.scheduler import ENGINE, Scheduler
@@ -22,5 +23,14 @@ def plan(e: Engine) -> None:
 
 @njit
 def run_lane(lanes: Lanes, lane: int, log: Log, most: int, horizon: float, skip: int) -> int:
-    """Advance one engine under its built-in scheduler; see `core.run.advance`."""
-    return advance_compiled(engine_at(lanes, lane), plan, log, most, horizon, skip)
+    """Advance one engine under its built-in scheduler; see `core.run.advance`, whose loop this is."""
+    e = engine_at(lanes, lane)
+    spans = Log(span(log.rows), span(log.requests), span(log.tokens), span(log.used))
+    last = e.s.iterations + most
+    outcome = READY
+    while outcome == READY:
+        outcome = before_plan(e, spans, last, horizon)
+        if outcome == READY:
+            plan(e)
+            outcome = after_plan(e, spans, last, horizon, skip)
+    return outcome

@@ -17,6 +17,7 @@ from llmsched_env.core.engine import (
     enter_queue,
     evict,
     grant,
+    grant_decode,
     known_tokens,
     length_class,
     queue_key,
@@ -113,6 +114,11 @@ def _visit_running(e: Engine, what: int, cap: int, held: bool) -> None:
             if what == _CHUNKS or q.generated + q.in_flight >= q.limit:  # nothing of it is left to compute
                 i += 1
                 continue
+            if q.computed < q.blocks * s.block_size and (s.free > 0 or not s.free_block_for_decode):
+                q.level = _DECODED
+                grant_decode(e, r)
+                i += 1
+                continue
         i = _make_room(e, i, want)
         if i < 0:  # it had to go itself
             i = -1 - i
@@ -140,7 +146,8 @@ def _make_room(e: Engine, i: int, want: int) -> int:
     """
     s = e.s
     q = e.req[e.running[i]]
-    need = blocks_for(e, max(q.computed + want, q.hold)) - q.blocks
+    tokens = max(q.computed + want, q.hold)
+    need = 0 if tokens <= q.blocks * s.block_size else blocks_for(e, tokens) - q.blocks
     if q.computed >= q.target:
         if s.free_block_for_decode:
             need = max(need, 1)

@@ -1,0 +1,106 @@
+"""Spans: what compiled code passes around instead of arrays, a pointer and a length.
+
+numba counts references to an array whenever it is passed to a function, which costs more than most of the functions of an engine do. A span
+borrows the memory of an array that somebody else keeps alive, is indexed like it, and costs nothing to pass. It has no bounds checks and
+takes no negative index.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, overload, register_model
+
+
+class SpanType(types.Type):  # type: ignore[misc]
+    """The type of a span of numbers or records."""
+
+    def __init__(self, dtype: types.Type) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Span({dtype})")
+
+
+@register_model(SpanType)
+class _SpanModel(models.StructModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, span_type: SpanType) -> None:
+        super().__init__(manager, span_type, [("data", types.voidptr), ("size", types.intp)])
+
+
+@intrinsic
+def span(typing_context: Any, array: Any) -> Any:
+    """The span of a contiguous one-dimensional array, in compiled code; the array has to outlive it."""
+    signature = SpanType(array.dtype)(array)
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        source = context.make_array(signature.args[0])(context, builder, args[0])
+        result = cgutils.create_struct_proxy(signature.return_type)(context, builder)
+        result.data = builder.bitcast(source.data, cgutils.voidptr_t)
+        result.size = source.nitems
+        return result._getvalue()
+
+    return signature, build
+
+
+def _pointer(context: Any, builder: Any, span_type: Any, value: Any, index: Any) -> Any:
+    """The address of an element."""
+    fields = cgutils.create_struct_proxy(span_type)(context, builder, value=value)
+    element = context.get_data_type(span_type.dtype)
+    return builder.gep(builder.bitcast(fields.data, element.as_pointer()), [index])
+
+
+@intrinsic
+def _load(typing_context: Any, source: Any, index: Any) -> Any:
+    signature = source.dtype(source, types.intp)
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, signature.args[0], args[0], args[1])
+        if isinstance(signature.return_type, types.Record):
+            return pointer
+        return builder.load(pointer)
+
+    return signature, build
+
+
+@intrinsic
+def _store(typing_context: Any, target: Any, index: Any, value: Any) -> Any:
+    signature = types.void(target, types.intp, target.dtype)
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[2], _pointer(context, builder, signature.args[0], args[0], args[1]))
+        return context.get_dummy_value()
+
+    return signature, build
+
+
+@intrinsic
+def _size(typing_context: Any, source: Any) -> Any:
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0]).size
+
+    return types.intp(source), build
+
+
+@overload(operator.getitem, strict=False)
+def _getitem(source: Any, index: Any) -> Callable[..., Any] | None:
+    if isinstance(source, SpanType) and isinstance(index, types.Integer):
+        return lambda source, index: _load(source, index)
+    return None
+
+
+@overload(operator.setitem, strict=False)
+def _setitem(target: Any, index: Any, value: Any) -> Callable[..., Any] | None:
+    if isinstance(target, SpanType) and isinstance(index, types.Integer):
+        dtype = target.dtype
+        return lambda target, index, value: _store(target, index, dtype(value))
+    return None
+
+
+@overload(len, strict=False)
+def _len(source: Any) -> Callable[..., Any] | None:
+    if isinstance(source, SpanType):
+        return lambda source: _size(source)
+    return None
