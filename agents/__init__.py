@@ -1,0 +1,1 @@
+"""Agents that schedule, and the command line `llmsched`."""

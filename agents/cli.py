@@ -1,0 +1,418 @@
+"""The command line `llmsched`. Each subcommand imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from llmsched_env.errors import InputError, unknown
+
+if TYPE_CHECKING:
+    from llmsched_env import EngineConfig
+    from llmsched_env.simulation import Result
+
+app = typer.Typer(
+    name="llmsched",
+    help="Scheduling of LLM inference: simulate engines, compare schedulers.",
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return the exit code: 0, 1 (some runs of a benchmark failed), 2 (bad input:
+    one line on the standard error stream), 130 (interrupted)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        return app(arguments, prog_name="llmsched", standalone_mode=False) or 0
+    except InputError as error:
+        return _complain(str(error))
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stderr.close()
+        return 1
+    except OSError as error:
+        return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        # What click raises for wrong usage, of which typer has a copy of its own in some versions.
+        if hasattr(error, "format_message"):
+            return _complain(error.format_message())
+        raise
+
+
+def _complain(message: str) -> int:
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+# -- list
+# ----------------------------------------------------------------------------------------------------------
+
+
+@app.command("list")
+def list_(
+    what: Annotated[
+        str | None, typer.Argument(help="schedulers, workloads or profiles; all when left out")
+    ] = None,
+) -> None:
+    """List what there is by name."""
+    kinds = {"schedulers": _schedulers, "workloads": _workloads, "profiles": _profiles}
+    if what is not None and what not in kinds:
+        raise unknown("list", what, kinds)
+    for kind, rows in kinds.items():
+        if what in (None, kind):
+            _print_table(kind, ("name", "what it is"), rows())
+
+
+def _schedulers() -> Iterator[tuple[str, ...]]:
+    import baselines
+
+    for name in baselines.names():
+        yield name, baselines.get(name).summary
+
+
+def _workloads() -> Iterator[tuple[str, ...]]:
+    from llmsched_env import workloads
+
+    for name in workloads.names():
+        yield name, workloads.summary(name)
+
+
+def _profiles() -> Iterator[tuple[str, ...]]:
+    from llmsched_env import profiles
+
+    for name in profiles.names():
+        profile = profiles.get(name)
+        yield name, profile.provenance
+
+
+# -- profiles
+# ------------------------------------------------------------------------------------------------------
+
+profiles_app = typer.Typer(rich_markup_mode=None)
+app.add_typer(profiles_app, name="profiles")
+
+
+@profiles_app.callback(invoke_without_command=True)
+def profiles_(context: typer.Context) -> None:
+    """List the cost profiles, or show one: how long an iteration takes."""
+    if context.invoked_subcommand is not None:
+        return
+    from llmsched_env import profiles
+
+    rows = []
+    for name in profiles.names():
+        profile = profiles.get(name)
+        capacity = "" if profile.kv_tokens is None else f"{profile.kv_tokens:,}"
+        rows.append((name, profile.form, profile.gpu, str(profile.gpus), profile.model, capacity))
+    _print_table("profiles", ("name", "form", "GPU", "GPUs", "model", "KV tokens"), rows)
+
+
+@profiles_app.command("show")
+def show_profile(
+    name: Annotated[str, typer.Argument(help="a profile's name, or the path of a profile's JSON file")],
+    output: Annotated[Path | None, typer.Option(help="the picture to write; default: NAME.png")] = None,
+) -> None:
+    """Show a cost profile, and plot iteration time over load."""
+    from baselines import plots
+    from llmsched_env import profiles
+    from llmsched_env.files import replacing, require_writable_file
+
+    profile = profiles.get(name)
+    path = Path(f"{profile.name}.png") if output is None else output
+    if path.suffix != ".png":
+        raise InputError(f"--output {path} must end in .png")
+    require_writable_file(path)
+    _print_table(profile.name, ("", ""), _describe(profile))
+    with replacing(path) as temporary:
+        plots.profile(profile, temporary)
+    print(f"iteration time over load: {path}")
+
+
+def _describe(profile: Any) -> Iterator[tuple[str, ...]]:
+    yield "model", f"{profile.model} on {profile.gpus} x {profile.gpu}"
+    yield "form", profile.form
+    for key, value in profile.params.items():
+        yield f"  {key}", json.dumps(value) if isinstance(value, (list, dict)) else f"{value:g}"
+    if profile.kv_tokens is not None:
+        yield "KV cache", f"{profile.kv_tokens:,} tokens"
+    if profile.kv_bytes_per_token is not None:
+        yield "KV cache of a token", f"{profile.kv_bytes_per_token:,.0f} bytes"
+    yield "CPU time", f"{profile.cpu_s:g} s an iteration, {profile.cpu_s_per_request:g} s a request in it"
+    for key, value in profile.fit.items():
+        yield f"fit: {key}", f"{value:g}" if isinstance(value, (int, float)) else str(value)
+    yield "provenance", profile.provenance
+    for label, batch in (
+        ("1 decode, 1,024 tokens each", (0, 0, 0, 0, 1, 1024)),
+        ("64 decodes, 1,024 tokens each", (0, 0, 0, 0, 64, 64 * 1024)),
+        ("a prompt of 512 tokens", (512, 1, 512 * 256, 0, 0, 0)),
+        ("a prompt of 2,048 tokens", (2048, 1, 2048 * 1024, 0, 0, 0)),
+        ("both: 2,048 and 64 decodes", (2048, 1, 2048 * 1024, 0, 64, 64 * 1024)),
+    ):
+        yield f"iteration: {label}", f"{1000 * float(profile.time(*batch)):.3f} ms"
+
+
+# -- simulate
+# ------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def simulate(
+    scheduler: Annotated[str, typer.Option(help="its name; see `llmsched list schedulers`")],
+    profile: Annotated[str, typer.Option(help="a cost profile: its name, or a JSON file")],
+    workload: Annotated[str | None, typer.Option(help="its name; see `llmsched list workloads`")] = None,
+    trace: Annotated[Path | None, typer.Option(help="a trace: CSV, CSV.gz or JSONL")] = None,
+    num_requests: Annotated[int | None, typer.Option(help="how many; of a trace: the first so many")] = None,
+    load: Annotated[
+        float | None, typer.Option(help="offered load as a share of the engine's capacity")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="requests per second, in place of a load")] = None,
+    seed: Annotated[int, typer.Option(help="of the workload, and of schedulers that draw lots")] = 0,
+    kv_tokens: Annotated[int | None, typer.Option(help="KV cache in tokens; default: the profile's")] = None,
+    token_budget: Annotated[int | None, typer.Option(help="most tokens of an iteration")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="most requests running at once")] = None,
+    block_size: Annotated[int, typer.Option(help="tokens of a block of the KV cache")] = 16,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="a setting of the scheduler or of the engine; repeatable"
+        ),
+    ] = None,
+    ttft_target: Annotated[float | None, typer.Option(help="seconds, for goodput")] = None,
+    tpot_target: Annotated[float | None, typer.Option(help="seconds, for goodput")] = None,
+    requests_csv: Annotated[Path | None, typer.Option(help="write a row per request")] = None,
+    iterations_csv: Annotated[Path | None, typer.Option(help="write a row per iteration")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+) -> None:
+    """Run requests through an engine under a scheduler and print the metrics."""
+    from llmsched_env import simulate as run
+    from llmsched_env.files import require_writable_file
+
+    for path in (requests_csv, iterations_csv):
+        if path is not None:
+            require_writable_file(path)
+    if (
+        requests_csv is not None
+        and iterations_csv is not None
+        and requests_csv.resolve() == iterations_csv.resolve()
+    ):
+        raise InputError(f"--requests-csv and --iterations-csv are both {requests_csv}; name two files")
+    source = _source(workload, trace, num_requests, load, rate, seed)
+    policy, engine = _policy_and_engine(scheduler, settings or [], kv_tokens, block_size)
+    engine = engine.replace(
+        **{k: v for k, v in (("token_budget", token_budget), ("max_num_seqs", max_num_seqs)) if v is not None}
+    )
+    result = run(
+        source,
+        policy,
+        profile,
+        engine,
+        seed=seed,
+        record="iterations" if iterations_csv is not None else None,
+    )
+    metrics = result.metrics(ttft_target=ttft_target, tpot_target=tpot_target)
+    if requests_csv is not None:
+        _write_requests(result, requests_csv)
+    if iterations_csv is not None:
+        _write_iterations(result, iterations_csv)
+    head = {"scheduler": result.scheduler, "profile": result.profile}
+    if as_json:
+        print(json.dumps(_jsonable(head | metrics), allow_nan=False))
+    else:
+        _print_metrics(head, metrics)
+
+
+def _source(
+    workload: str | None,
+    trace: Path | None,
+    num_requests: int | None,
+    load: float | None,
+    rate: float | None,
+    seed: int,
+) -> Any:
+    """The workload or trace that the options name."""
+    from llmsched_env import workloads
+
+    if (workload is None) == (trace is None):
+        raise InputError("give either --workload NAME or --trace FILE" + (", not both" if workload else ""))
+    if load is not None and rate is not None:
+        raise InputError("give either --load or --rate, not both")
+    if seed < 0:
+        raise InputError(f"--seed must not be negative, not {seed}")
+    options = {"num_requests": num_requests, "load": load, "rate": rate}
+    options = {k: v for k, v in options.items() if v is not None}
+    if trace is not None:
+        return workloads.trace(trace, **options)
+    assert workload is not None
+    return workloads.get(workload, seed=seed, **options)
+
+
+def _policy_and_engine(
+    scheduler: str, settings: list[str], kv_tokens: int | None, block_size: int
+) -> tuple[Any, EngineConfig]:
+    """The scheduler and the engine with their settings; a KEY is the engine's if the engine has it."""
+    import baselines
+    from llmsched_env import EngineConfig
+
+    fields = {field.name for field in dataclasses.fields(EngineConfig)}
+    for_engine: dict[str, Any] = {}
+    for_scheduler: dict[str, str] = {}
+    for item in settings:
+        key, equals, value = item.partition("=")
+        key = key.strip().replace("-", "_")
+        if not (equals and key):
+            raise InputError(f"--set takes KEY=VALUE, not {item!r}")
+        if key in for_engine or key in for_scheduler:
+            raise InputError(f"--set gives {key} twice")
+        if key in fields:
+            for_engine[key] = _value(value)
+        else:
+            for_scheduler[key] = value
+    if kv_tokens is not None:
+        if "kv_blocks" in for_engine:
+            raise InputError("give either --kv-tokens or --set kv_blocks=, not both")
+        size = for_engine.get("block_size", block_size)
+        if isinstance(size, int) and size > 0:
+            for_engine["kv_blocks"] = kv_tokens // size
+            if kv_tokens < size:
+                raise InputError(f"--kv-tokens {kv_tokens} is less than one block of {size} tokens")
+    for_engine.setdefault("block_size", block_size)
+    return baselines.get(scheduler, **for_scheduler), EngineConfig(**for_engine)
+
+
+def _value(text: str) -> Any:
+    """A setting's value: a number, true, false or none, else the text itself."""
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _write_requests(result: Result, path: Path) -> None:
+    columns = ["request_id", "arrival_s", "prompt_tokens", "output_tokens"]
+    _write_csv(result.to_frame()[[*columns, "first_token_s", "finish_s", "preemptions"]], path)
+
+
+def _write_iterations(result: Result, path: Path) -> None:
+    import pandas as pd
+
+    columns = ["start_s", "end_s", "prefill_tokens", "decode_requests", "kv_tokens", "preempted"]
+    assert result.iterations is not None
+    _write_csv(pd.DataFrame({name: result.iterations[name] for name in columns}), path)
+
+
+def _write_csv(frame: Any, path: Path) -> None:
+    from llmsched_env.files import replacing
+
+    with replacing(path) as temporary:
+        frame.to_csv(temporary, index=False)
+
+
+def _jsonable(value: Any) -> Any:
+    """nan and infinities, which JSON does not have, as null."""
+    if isinstance(value, dict):
+        return {k: _jsonable(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _print_metrics(head: dict[str, Any], metrics: dict[str, Any]) -> None:
+    single = {k: v for k, v in metrics.items() if not isinstance(v, dict)}
+    rows = [(k, str(v)) for k, v in head.items()]
+    for name, value in single.items():
+        if value is not None:
+            rows.append((name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"))
+    _print_table("", ("", ""), rows)
+    times = [
+        (f"{name} s", *(f"{v:.4f}" for v in value.values()))
+        for name, value in metrics.items()
+        if isinstance(value, dict)
+    ]
+    _print_table("", ("", "mean", "p50", "p90", "p99"), times)
+
+
+# -- bench
+# ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Option(help="quick or full")] = "quick",
+    schedulers: Annotated[str | None, typer.Option(help="names, with commas; default: the suite's")] = None,
+    seeds: Annotated[int | None, typer.Option(help="how many; default: the suite's")] = None,
+    output: Annotated[Path | None, typer.Option(help="folder for CSV and PNG; default: bench/SUITE")] = None,
+) -> None:
+    """Compare schedulers on the same requests, over loads and seeds: a table, CSV files and pictures."""
+    from baselines import bench
+    from llmsched_env.files import require_writable_folder
+
+    names = [] if schedulers is None else [name.strip() for name in schedulers.split(",")]
+    what = bench.suite(suite, schedulers=names, seeds=seeds)
+    folder = Path("bench", suite) if output is None else output
+    require_writable_folder(folder)
+    with _progress(what.runs) as progress:
+        outcome = bench.run(what, progress=progress)
+    summary = bench.summarise(outcome)
+    written = bench.save(outcome, summary, folder)
+    for table in bench.tables(outcome, summary):
+        _console().print(table)
+    for path in written:
+        print(f"wrote {path}")
+    if outcome.failures:
+        for line in outcome.failures:
+            print(f"failed: {line}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A progress bar on the standard error stream, where that is a terminal; gives the function that moves
+    it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+# -- printing
+# ------------------------------------------------------------------------------------------------------
+
+
+def _console() -> Any:
+    """The terminal; or, for a file or a pipe, lines as long as they need to be."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=200)
+
+
+def _print_table(title: str, columns: Sequence[str], rows: Any) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(
+        title=title or None, title_justify="left", show_header=any(columns), box=None, pad_edge=False
+    )
+    for i, column in enumerate(columns):
+        table.add_column(column, no_wrap=i == 0, justify="left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    _console().print(table)

@@ -1,0 +1,339 @@
+"""The benchmark: schedulers side by side on the same requests, over several loads and seeds.
+
+Within a seed every scheduler sees the same requests (common random numbers), so that differences between
+schedulers
+are far better known than the levels: `summarise` gives both, with 95 % confidence intervals over the seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import baselines
+from llmsched_env import EngineConfig, Requests, profiles, simulate, workloads
+from llmsched_env.errors import InputError, unknown
+from llmsched_env.files import replacing, require_writable_folder
+from llmsched_env.simulation import resolve
+from llmsched_env.theory.capacity import capacity
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.table import Table
+
+BASELINE = "vllm-v1"
+"""The scheduler that the others are compared with, seed by seed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """What a benchmark runs: every scheduler on every case, load and seed.
+
+    Attributes:
+        cases: pairs of workload and cost profile.
+        loads: offered loads, as shares of the engine's capacity for the workload.
+        table_load: the one of them that the table and the frontier show.
+        schedulers: names; empty: all there are.
+        num_requests: of one run.
+        seeds: how many; seed i draws the same requests for every scheduler.
+        ttft_target, tpot_target: seconds, for goodput.
+    """
+
+    name: str
+    cases: tuple[tuple[str, str], ...]
+    loads: tuple[float, ...]
+    table_load: float
+    schedulers: tuple[str, ...] = ()
+    num_requests: int = 2000
+    seeds: int = 5
+    ttft_target: float = 2.0
+    tpot_target: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise InputError(f"seeds must be at least 1, not {self.seeds}")
+        if self.num_requests < 1:
+            raise InputError(f"num_requests must be at least 1, not {self.num_requests}")
+        known = baselines.names()
+        for name in self.schedulers:
+            if name not in known:
+                raise unknown("scheduler", name, known)
+        object.__setattr__(self, "schedulers", tuple(dict.fromkeys(self.schedulers)) or tuple(known))
+
+    @property
+    def runs(self) -> int:
+        """How many simulations it is."""
+        return len(self.cases) * len(self.loads) * self.seeds * len(self.schedulers)
+
+
+QUICK = (
+    "faster-transformer",
+    "orca",
+    "vllm-v0",
+    "vllm-v1",
+    "sarathi",
+    "fastserve",
+    "sglang",
+    "trtllm-no-evict",
+    "srf",
+    "area-backfill",
+)
+
+
+def suite(name: str, *, schedulers: Sequence[str] = (), seeds: int | None = None) -> Suite:
+    """The suite `quick` or `full`, perhaps with other schedulers or another number of seeds."""
+    if name not in ("quick", "full"):
+        raise unknown("suite", name, ("quick", "full"))
+    if name == "quick":
+        base = Suite(
+            name,
+            cases=(("azure-conv", "a100-llama3-8b"),),
+            loads=(0.3, 0.5, 0.7, 0.8, 0.9, 1.0),
+            table_load=0.9,
+            schedulers=QUICK,
+        )
+    else:
+        base = Suite(
+            name,
+            cases=tuple(
+                (workload, "a100-llama3-8b")
+                for workload in ("azure-conv", "azure-code", "mooncake-conversation", "deepseek-r1")
+            ),
+            loads=(0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.1),
+            table_load=0.9,
+            num_requests=5000,
+            seeds=10,
+        )
+    return dataclasses.replace(
+        base,
+        schedulers=tuple(schedulers) or base.schedulers,
+        seeds=base.seeds if seeds is None else seeds,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a suite gave.
+
+    Attributes:
+        suite: what was run.
+        runs: a frame with a row for each run: workload, profile, load, seed, scheduler, `error` (empty when
+            it went well) and the flattened metrics, such as `latency_mean`; times in seconds.
+    """
+
+    suite: Suite
+    runs: pd.DataFrame
+
+    @property
+    def failures(self) -> list[str]:
+        """A line for each run that failed."""
+        failed = self.runs[self.runs["error"] != ""]
+        return [
+            f"{r.scheduler} on {r.workload}, load {r.load}, seed {r.seed}: {r.error}"
+            for r in failed.itertuples()
+        ]
+
+
+def run(
+    suite: Suite, *, progress: Callable[[int], None] = lambda n: None, threads: int | None = None
+) -> Outcome:
+    """Run a suite.
+
+    Args:
+        progress: called with the number of runs done so far, after each; never by two threads at once.
+        threads: how many runs go on at once (the compiled simulator releases the GIL); None: as many as there
+            are cores, at most 8. The result does not depend on it.
+
+    A run that fails is kept with its error; the others go on.
+    """
+    import pandas as pd
+
+    lock = threading.Lock()
+    done = 0
+
+    def count() -> None:
+        nonlocal done
+        with lock:
+            done += 1
+            progress(done)
+
+    def work(point: tuple[str, str, float, int]) -> list[dict[str, Any]]:
+        return _compare(suite, *point, count)
+
+    points = [
+        (*case, load, seed) for case in suite.cases for load in suite.loads for seed in range(suite.seeds)
+    ]
+    pool = ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 8))
+    try:
+        rows = [row for rows in pool.map(work, points) for row in rows]
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt does not wait for what has not begun
+    return Outcome(suite, pd.DataFrame(rows))
+
+
+def _compare(
+    suite: Suite, workload: str, profile: str, load: float, seed: int, count: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """Every scheduler of the suite on the same requests: a row each."""
+    requests = _draw(suite, workload, profile, load, seed)
+    rows = []
+    for name in suite.schedulers:
+        row: dict[str, Any] = {"workload": workload, "profile": profile, "load": load, "seed": seed}
+        row |= {"scheduler": name, "error": ""}
+        try:
+            result = simulate(requests, baselines.get(name), profile, seed=seed)
+            row |= flat(result.metrics(ttft_target=suite.ttft_target, tpot_target=suite.tpot_target))
+        except Exception as error:  # whatever it is, it must not take the other runs with it
+            row["error"] = f"{type(error).__name__}: {error}"
+        rows.append(row)
+        count()
+    return rows
+
+
+def _draw(suite: Suite, workload: str, profile: str, load: float, seed: int) -> Requests:
+    """The requests of a run. The load is relative to the engine as the baseline sets it up, whoever schedules."""
+    recipe = workloads.get(workload, num_requests=suite.num_requests, load=load, seed=seed)
+    cost = profiles.get(profile)
+    engine = resolve(EngineConfig(), baselines.get(BASELINE), cost)
+    return recipe.draw(capacity(recipe.moments(), cost.time, engine).rps)
+
+
+def flat(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics with distributions laid out as columns: `latency_mean`, `latency_p50`, ..."""
+    row = {}
+    for name, value in metrics.items():
+        row |= {f"{name}_{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
+    return row
+
+
+def summarise(outcome: Outcome) -> pd.DataFrame:
+    """A row for each workload, profile, load and scheduler.
+
+    For every metric x of the runs: `x`, the mean over seeds, and `x_ci`, half the width of its 95 % interval;
+    and for the mean latency and the 99th percentiles of TTFT and TPOT `x_change` and `x_change_ci`: by how
+    much they differ from the baseline on the same requests, as a share of it. nan where a run failed or there
+    is a single seed.
+    """
+    import pandas as pd
+
+    runs = outcome.runs
+    keys = ["workload", "profile", "load", "scheduler"]
+    metrics = [c for c in runs.columns if c not in (*keys, "seed", "error")]
+    if not metrics:
+        return runs[keys].drop_duplicates().assign(seeds=0, failed=outcome.suite.seeds)
+    base = runs[runs["scheduler"] == BASELINE].set_index(["workload", "profile", "load", "seed"])[metrics]
+    rows = []
+    for key, group in runs.groupby(keys, sort=False):
+        well = group[group["error"] == ""]
+        row = dict(zip(keys, key, strict=True), seeds=len(well), failed=len(group) - len(well))
+        for metric in metrics:
+            row[metric], row[f"{metric}_ci"] = interval(well[metric])
+        paired = base.reindex(pd.MultiIndex.from_frame(group[["workload", "profile", "load", "seed"]]))
+        for metric in ("latency_mean", "ttft_p99", "tpot_p99"):
+            change = group[metric].to_numpy() / paired[metric].to_numpy() - 1
+            row[f"{metric}_change"], row[f"{metric}_change_ci"] = interval(change[~np.isnan(change)])
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+# Student's t, 97.5 %, for 1 to 10 degrees of freedom; beyond, an expansion about the normal.
+_T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+_Z = 1.959964
+
+
+def interval(values: Iterable[float]) -> tuple[float, float]:
+    """The mean, and half the width of its 95 % confidence interval by Student's t; nan for too few values."""
+    x = np.asarray(list(values), dtype=np.float64)
+    n = len(x)
+    if n == 0:
+        return math.nan, math.nan
+    if n == 1:
+        return float(x[0]), math.nan
+    t = _T[n - 2] if n - 2 < len(_T) else _Z + (_Z**3 + _Z) / (4 * (n - 1))
+    return float(x.mean()), float(t * x.std(ddof=1) / math.sqrt(n))
+
+
+def tables(outcome: Outcome, summary: pd.DataFrame) -> list[Table]:
+    """For each case a table of the schedulers at the suite's `table_load`, best mean latency first."""
+    from rich.table import Table
+
+    suite = outcome.suite
+    views = []
+    for workload, profile in suite.cases:
+        rows = summary.query("workload == @workload and profile == @profile and load == @suite.table_load")
+        view = Table(
+            title=f"{workload} on {profile}, load {suite.table_load:g}: {suite.num_requests} requests, "
+            f"{suite.seeds} seeds, 95 % intervals",
+            title_justify="left",
+        )
+        view.add_column("scheduler", no_wrap=True)
+        for heading in (
+            "latency s",
+            f"against {BASELINE} %",
+            "TTFT p50 s",
+            "TTFT p99 s",
+            "TPOT p50 ms",
+            "TPOT p99 ms",
+            "goodput /s",
+            "preemptions",
+            "GPU-s per 1k tokens",
+        ):
+            view.add_column(heading, justify="right")
+        for _, row in rows.sort_values("latency_mean", na_position="last").iterrows():
+            if row["seeds"] == 0:
+                view.add_row(row["scheduler"], "failed")
+                continue
+            same = row["scheduler"] == BASELINE
+            view.add_row(
+                row["scheduler"] + (f" ({row['failed']} failed)" if row["failed"] else ""),
+                _with_interval(row, "latency_mean", "{:.2f}"),
+                "" if same else _with_interval(row, "latency_mean_change", "{:+.1f}", 100),
+                f"{row['ttft_p50']:.3f}",
+                _with_interval(row, "ttft_p99", "{:.2f}"),
+                f"{1000 * row['tpot_p50']:.1f}",
+                _with_interval(row, "tpot_p99", "{:.1f}", 1000),
+                f"{row['goodput_rps']:.2f}",
+                f"{row['preemptions']:.0f}",
+                f"{row['gpu_s_per_1k_tokens']:.3f}",
+            )
+        views.append(view)
+    return views
+
+
+def _with_interval(row: pd.Series, name: str, form: str, scale: float = 1.0) -> str:
+    value, half = scale * row[name], scale * row[f"{name}_ci"]
+    if math.isnan(value):
+        return "-"
+    return form.format(value) + ("" if math.isnan(half) else " ± " + form.replace("+", "").format(half))
+
+
+def save(outcome: Outcome, summary: pd.DataFrame, folder: str | Path) -> list[Path]:
+    """Write `runs.csv`, `summary.csv`, `latency.png` and `frontier.png` into `folder`, each whole or not.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+    """
+    from baselines import plots
+
+    folder = Path(folder)
+    require_writable_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    writers: dict[str, Callable[[Path], None]] = {
+        "runs.csv": lambda path: outcome.runs.to_csv(path, index=False),
+        "summary.csv": lambda path: summary.to_csv(path, index=False),
+    }
+    if "latency_mean" in summary:
+        writers["latency.png"] = lambda path: plots.latency(outcome.suite, summary, path)
+        writers["frontier.png"] = lambda path: plots.frontier(outcome.suite, summary, path)
+    for name, write in writers.items():
+        with replacing(folder / name) as path:
+            write(path)
+    return [folder / name for name in writers]

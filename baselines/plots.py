@@ -1,0 +1,178 @@
+"""Pictures of benchmarks and cost profiles, drawn without a display and without matplotlib's global state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+    from baselines.bench import Suite
+    from llmsched_env.profiles import Profile
+
+# Ten colours that stay apart for most colour-blind readers (Paul Tol's muted scheme and black).
+COLOURS = (
+    "#332288",
+    "#CC6677",
+    "#117733",
+    "#DDAA33",
+    "#88CCEE",
+    "#882255",
+    "#44AA99",
+    "#999933",
+    "#AA4499",
+    "#000000",
+)
+MARKERS = "osD^vP*Xp<"
+OTHERS = "#BBBBBB"
+
+_STYLE: dict[str, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E6E6E6",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "savefig.dpi": 200,
+}
+
+
+def latency(suite: Suite, summary: pd.DataFrame, path: Path) -> None:
+    """Mean latency, p99 TTFT and p99 TPOT against load, a row for each case; bands are 95 % intervals."""
+    panels = (
+        ("latency_mean", "mean latency (s)"),
+        ("ttft_p99", "99th percentile of TTFT (s)"),
+        ("tpot_p99", "99th percentile of TPOT (s)"),
+    )
+    with matplotlib.rc_context(_STYLE):
+        rows = len(suite.cases)
+        figure = Figure(figsize=(11.0, 0.4 + 3.1 * rows), layout="constrained")
+        grid = figure.subplots(rows, len(panels), squeeze=False)
+        looks = _looks(suite)
+        for axes, (workload, profile) in zip(grid, suite.cases, strict=True):
+            case = summary.query("workload == @workload and profile == @profile")
+            for ax, (metric, label) in zip(axes, panels, strict=True):
+                for name, look in looks.items():
+                    line = case[case["scheduler"] == name].sort_values("load")
+                    x, y, half = (line[c].to_numpy() for c in ("load", metric, f"{metric}_ci"))
+                    ax.plot(x, y, **look)
+                    if look["label"] and not np.isnan(half).all():
+                        # A band that reaches below zero has no place on a logarithmic axis.
+                        low = np.maximum(y - half, y / 10)
+                        ax.fill_between(x, low, y + half, color=look["color"], alpha=0.15, linewidth=0)
+                ax.set_yscale("log")
+                ax.set_xlabel("offered load (share of capacity)")
+                ax.set_ylabel(label)
+            axes[0].set_title(f"{workload} on {profile}", loc="left")
+        _legend(figure, grid[0][0])
+        figure.savefig(path)
+
+
+def frontier(suite: Suite, summary: pd.DataFrame, path: Path) -> None:
+    """p99 TTFT against p99 TPOT of each scheduler at the suite's table load; the line joins the best."""
+    with matplotlib.rc_context(_STYLE):
+        columns = min(len(suite.cases), 2)
+        rows = -(-len(suite.cases) // columns)
+        figure = Figure(figsize=(2.0 + 4.6 * columns, 0.4 + 3.6 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for ax in grid[len(suite.cases) :]:
+            ax.set_visible(False)
+        for ax, (workload, profile) in zip(grid, suite.cases, strict=False):
+            case = summary.query(
+                "workload == @workload and profile == @profile and load == @suite.table_load"
+            )
+            case = case.set_index("scheduler").dropna(subset=["tpot_p99", "ttft_p99"])
+            points = []
+            for name, look in _looks(suite).items():
+                if name not in case.index:
+                    continue
+                row = case.loc[name]
+                x, y = 1000 * row["tpot_p99"], row["ttft_p99"]
+                bars = {"xerr": 1000 * row["tpot_p99_ci"], "yerr": row["ttft_p99_ci"]}
+                # A bar to below zero has no place on a logarithmic axis.
+                bars = {k: [[min(v, 0.9 * p)], [v]] for (k, v), p in zip(bars.items(), (x, y), strict=True)}
+                ax.errorbar(x, y, **(look | bars), elinewidth=0.7, linestyle="none")
+                points.append((x, y))
+            best = pareto(points)
+            if len(best) > 1:
+                ax.step(*zip(*best, strict=True), where="post", color=OTHERS, linewidth=1.0, zorder=0)
+            ax.set_xscale("log")
+            ax.set_yscale("log")
+            ax.set_xlabel("99th percentile of TPOT (ms)")
+            ax.set_ylabel("99th percentile of TTFT (s)")
+            ax.set_title(f"{workload} on {profile}, load {suite.table_load:g}", loc="left")
+        _legend(figure, grid[0])
+        figure.savefig(path)
+
+
+def pareto(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other beats in both coordinates (smaller is better), by the first."""
+    best: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not best or y < best[-1][1]:
+            best.append((x, y))
+    return best
+
+
+def profile(profile: Profile, path: Path) -> None:
+    """Iteration time over load: of decode batches by their size and context, and of prefill by its tokens."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.0, 3.4), layout="constrained")
+        decode, prefill = figure.subplots(1, 2)
+
+        batch = np.unique(np.round(np.geomspace(1, 512, 120)))
+        for context, colour in zip((256, 1024, 4096, 16384), COLOURS, strict=False):
+            size = batch
+            if profile.kv_tokens is not None:
+                size = batch[batch * context <= profile.kv_tokens]
+            zero = np.zeros_like(size)
+            seconds = profile.time(zero, zero, zero, zero, size, size * context)
+            decode.plot(size, 1000 * seconds, color=colour, label=f"{context:,} tokens each")
+        decode.set_xlabel("requests that decode")
+        decode.set_title("decode, by context length", loc="left")
+
+        tokens = np.unique(np.round(np.geomspace(16, 8192, 160)))
+        for cached, colour in zip((0, 4096, 16384), COLOURS, strict=False):
+            zero, one = np.zeros_like(tokens), np.ones_like(tokens)
+            context = tokens * (cached + tokens / 2)
+            seconds = profile.time(tokens, one, context, cached * one, zero, zero)
+            prefill.plot(tokens, 1000 * seconds, color=colour, label=f"{cached:,} tokens cached")
+        prefill.set_xlabel("prompt tokens in one chunk")
+        prefill.set_title("prefill of one request", loc="left")
+
+        for ax in (decode, prefill):
+            ax.set_ylabel("iteration time (ms)")
+            ax.set_xlim(left=0)
+            ax.set_ylim(bottom=0)
+            ax.legend()
+        figure.suptitle(profile.name, x=0.01, ha="left")
+        figure.savefig(path)
+
+
+def _looks(suite: Suite) -> dict[str, dict[str, Any]]:
+    """How each scheduler is drawn: up to ten, or those of the quick suite, its own way, others in grey."""
+    from baselines.bench import QUICK
+
+    named = [name for name in suite.schedulers if len(suite.schedulers) <= len(COLOURS) or name in QUICK]
+    looks: dict[str, dict[str, Any]] = {}
+    for name in suite.schedulers:
+        if name not in named:
+            looks[name] = {"color": OTHERS, "marker": ".", "linewidth": 0.7, "zorder": 1, "label": None}
+    for i, name in enumerate(named):
+        looks[name] = {"color": COLOURS[i], "marker": MARKERS[i], "zorder": 2, "label": name}
+    return looks
+
+
+def _legend(figure: Figure, ax: Axes) -> None:
+    handles, labels = ax.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper")
