@@ -2,16 +2,20 @@
 # Sourced by the other scripts, from the top of the checkout: `ensure_venv core` or `ensure_venv test` makes .venv with
 # what is asked for, once. A stamp in .venv holds the hash of what was installed; while it fits, nothing is installed.
 
+suits() {
+    "$1" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null
+}
+
 find_python() {
-    local candidate
-    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python3.10 python; do
-        [ -n "$candidate" ] || continue
-        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+    local candidate candidates=(python3 python3.13 python3.12 python3.11 python3.10 python)
+    [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
+        if suits "$candidate"; then
             echo "$candidate"
             return
         fi
     done
-    echo "error: no Python 3.10 to 3.13 found; install one, or name it: PYTHON=/path/to/python bash $0" >&2
+    echo "error: no Python 3.10 to 3.13 found${PYTHON:+ at $PYTHON}; install one, or name it: PYTHON=/path/to/python bash $0" >&2
     return 1
 }
 
@@ -26,6 +30,10 @@ ensure_venv() {
             echo "error: $python cannot make a virtual environment; install its venv module (on Debian: apt install python3-venv)" >&2
             return 1
         fi
+    fi
+    if ! suits .venv/bin/python; then
+        echo "error: .venv is not of Python 3.10 to 3.13; remove it and run this again" >&2
+        return 1
     fi
     # The place is part of it: an editable install points to where the checkout was.
     hash=$( (pwd; cat pyproject.toml constraints.txt) | .venv/bin/python -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')
