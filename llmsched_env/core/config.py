@@ -19,7 +19,8 @@ class EngineConfig:
         block_size: tokens per block; 1 makes the cache token granular.
         token_budget: most tokens of one iteration (vLLM: max_num_batched_tokens; Sarathi-Serve: chunk_size).
         max_num_seqs: most requests running at once.
-        max_model_len: longest sequence, prompt and answer, in tokens; an answer that reaches it ends there. None: the KV capacity.
+        max_model_len: longest sequence, prompt and answer, in tokens; an answer that reaches it ends there. None: the KV
+            capacity, or the longest that the workload declares if that is less.
         watermark: share of the blocks that an admission must leave free, in [0, 1).
         preemption: what happens to a victim's KV cache: dropped and recomputed, or swapped to a CPU tier.
         cpu_blocks: blocks of that CPU tier; None: unlimited.

@@ -88,7 +88,7 @@ def hold_tokens(e: Engine, q, hold: int) -> int:  # type: ignore[no-untyped-def]
     if hold == PEAK:
         return q.prompt + q.stop - 1
     if hold == PREDICTED:
-        return max(known, int(np.ceil(q.prompt + q.predicted)) - 1)
+        return max(known, q.prompt + min(int(np.ceil(q.predicted)), q.limit) - 1)
     if hold == DECLARED:
         return max(known, q.prompt + q.limit - 1)
     return e.s.max_model_len
@@ -185,7 +185,7 @@ def enter_queue(e: Engine, r: int, place: int) -> None:
         q.order = s.queue_back
     else:
         q.key = queue_key(e, r)
-        q.order = r
+        q.order = q.rank
     queue.insert(e, r)
 
 
@@ -195,7 +195,7 @@ def arrive(e: Engine, until: float) -> None:
     s, req = e.s, e.req
     while s.arrived < len(req) and req[s.arrived].arrival <= until:
         if req[s.arrived].status == FUTURE:
-            enter_queue(e, s.arrived, _KEY)
+            enter_queue(e, s.arrived, _END if s.preempt_for_priority else _KEY)
         s.arrived += 1
 
 

@@ -95,6 +95,7 @@ def _fill_requests(req: NDArray[Any], spec: LaneSpec) -> None:
     req["prompt"] = requests.prompt_tokens
     req["stop"] = spec.stop_tokens
     req["limit"] = spec.limit_tokens
+    req["rank"] = np.arange(len(requests))
     req["arrival"] = requests.arrival_s
     req["predicted"] = requests.predicted_tokens
     req["ttft_target"] = requests.ttft_target_s

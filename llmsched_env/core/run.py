@@ -28,7 +28,7 @@ from llmsched_env.core.engine import (
     finish,
 )
 from llmsched_env.core.histogram import itl_bin, itl_bin_start
-from llmsched_env.core.state import Engine, Error
+from llmsched_env.core.state import Engine, Error, Level, Listing
 
 ITERATION = np.dtype(
     [
@@ -81,6 +81,8 @@ class Outcome(enum.IntEnum):
 
 
 DONE, MORE, LOG_FULL, ERROR, HORIZON, STALLED = (int(x) for x in Outcome)
+_PREFILLS_FIRST, _NEW_FIRST = int(Listing.PREFILLS_FIRST), int(Listing.NEW_FIRST)
+_SWAPPED_IN, _NEW = int(Level.SWAPPED_IN), int(Level.NEW)
 READY = -1  # none of these: the run goes on
 STUCK, LIVELOCK = int(Error.STUCK), int(Error.LIVELOCK)
 _LIVELOCK = 1_000_000  # iterations without a token
@@ -103,7 +105,7 @@ def write_log(e: Engine, log: Log, start: float) -> None:
 
 
 @njit
-def _log_plan(e: Engine, log: Log) -> None:
+def log_plan(e: Engine, log: Log) -> None:
     """Write the decisions of the plan before it is executed."""
     s = e.s
     if len(log.requests) == 0:
@@ -114,10 +116,20 @@ def _log_plan(e: Engine, log: Log) -> None:
         log.requests[at] = v
         log.tokens[at] = SWAPPED_OUT if e.req[v].cpu_blocks > 0 else EVICTED
         at += 1
-    for prefills in range(2) if s.prefills_first else range(1):
+    for group in range(5 if s.listing == _NEW_FIRST else 2 if s.listing == _PREFILLS_FIRST else 1):
         for k in range(s.num_planned):
             q = e.req[e.plan[k]]
-            if not s.prefills_first or (q.computed < q.target) == (prefills == 0):
+            prefill = q.computed < q.target
+            if s.listing == _NEW_FIRST:
+                if q.level == _SWAPPED_IN:
+                    own = 2 if prefill else 4
+                else:
+                    own = 3 if not prefill else 0 if q.level == _NEW else 1
+            elif s.listing == _PREFILLS_FIRST:
+                own = 0 if prefill else 1
+            else:
+                own = 0
+            if own == group:
                 log.requests[at] = e.plan[k]
                 log.tokens[at] = q.granted
                 at += 1
@@ -334,7 +346,7 @@ def after_plan(e: Engine, log: Log, last: int, horizon: float, skip: int) -> int
         return READY
     start = s.clock
     if len(log.rows) > 0:
-        _log_plan(e, log)
+        log_plan(e, log)
         s.logged_kv = s.kv_tokens + s.prefill_tokens + s.decodes
     if s.asynchronous:
         execute_behind(e)

@@ -38,6 +38,24 @@ class Hold(enum.IntEnum):
     MODEL_LEN = 5  # the longest sequence of the model
 
 
+class Level(enum.IntEnum):
+    """What a request did in the iteration being planned, as vLLM v0 orders its lists."""
+
+    LEFT_OVER = 0
+    SWAPPED_IN = 1
+    DECODED = 2
+    PREFILLED = 3
+    NEW = 4
+
+
+class Listing(enum.IntEnum):
+    """The order in which a plan is reported."""
+
+    PLANNED = 0
+    PREFILLS_FIRST = 1
+    NEW_FIRST = 2  # admitted, other prefills, decodes, and those swapped in after their like (vLLM v0, chunked)
+
+
 class Error(enum.IntEnum):
     """The rule of the engine that a plan broke."""
 
@@ -82,6 +100,7 @@ REQUEST = np.dtype(
         ("limit", "i4"),  # tokens of the answer at which the engine itself stops it (declared maximum, model length)
         # -- the rest --
         ("arrival", "f8"),
+        ("rank", "i4"),  # place in the order of arrival; ties of any other order go by it
         ("finish", "f8"),
         ("predicted", "f8"),
         ("ttft_target", "f8"),

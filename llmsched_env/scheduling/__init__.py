@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 from llmsched_env.core.compile import njit
-from llmsched_env.core.run import READY, Log, after_plan, before_plan
+from llmsched_env.core.engine import (
+    SWAPPED,
+    arrive,
+    begin_plan,
+    collect,
+    end_plan,
+    evict,
+    execute,
+    execute_behind,
+    grant,
+    swap_in,
+)
+from llmsched_env.core.run import READY, Log, after_plan, before_plan, log_plan, write_log
 from llmsched_env.core.span import span
 from llmsched_env.core.state import Engine, Lanes, engine_at
 from llmsched_env.scheduling.routine import plan_unified
 from llmsched_env.scheduling.scheduler import ENGINE, Scheduler
 from llmsched_env.scheduling.settings import Budget, Pass, Peak, Routine, Settings, Sort, Victim
 
-__all__ = ["ENGINE", "Budget", "Pass", "Peak", "Routine", "Scheduler", "Settings", "Sort", "Victim", "plan", "run_lane"]
+__all__ = ["ENGINE", "Budget", "Pass", "Peak", "Routine", "Scheduler", "Settings", "Sort", "Victim", "plan", "run_iteration", "run_lane", "run_schedule"]
 
 _UNIFIED = int(Routine.UNIFIED)
 
@@ -34,3 +46,57 @@ def run_lane(lanes: Lanes, lane: int, log: Log, most: int, horizon: float, skip:
             plan(e)
             outcome = after_plan(e, spans, last, horizon, skip)
     return outcome
+
+
+@njit
+def run_schedule(  # type: ignore[no-untyped-def]
+    lanes: Lanes, lane: int, log: Log, most: int, horizon: float, start_s, ends, requests, tokens
+) -> int:
+    """Advance one engine by the decisions of a schedule (`core.schedule.Schedule`), from the iteration that the engine stands at."""
+    e = engine_at(lanes, lane)
+    s = e.s
+    spans = Log(span(log.rows), span(log.requests), span(log.tokens), span(log.used))
+    last = min(s.iterations + most, len(ends))
+    outcome = READY
+    while outcome == READY:
+        outcome = before_plan(e, spans, last, horizon)
+        if outcome == READY:
+            j = s.iterations
+            if start_s[j] > s.clock:  # the engine idled
+                s.clock = s.visible = start_s[j]
+                arrive(e, s.clock)
+            for k in range(ends[j - 1] if j > 0 else 0, ends[j]):
+                r = requests[k]
+                if tokens[k] <= 0:
+                    evict(e, r)
+                else:
+                    if 0 <= r < len(e.req) and e.req[r].status == SWAPPED:
+                        swap_in(e, r)
+                    grant(e, r, tokens[k])
+            outcome = after_plan(e, spans, last, horizon, 0)
+    return outcome
+
+
+@njit
+def run_iteration(lanes: Lanes, lane: int, log: Log, until: float) -> int:
+    """Exactly one iteration, arrivals up to `until` (s) seen, even if nothing is planned; returns the blocks free once it is planned.
+
+    For holding an engine against a recording, iteration by iteration.
+    """
+    e = engine_at(lanes, lane)
+    s = e.s
+    spans = Log(span(log.rows), span(log.requests), span(log.tokens), span(log.used))
+    arrive(e, until)
+    begin_plan(e)
+    plan(e)
+    end_plan(e)
+    free = s.free
+    log_plan(e, spans)
+    start = s.clock
+    if s.asynchronous:
+        collect(e)
+        execute_behind(e)
+    else:
+        execute(e)
+    write_log(e, spans, start)
+    return free

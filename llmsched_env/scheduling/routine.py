@@ -23,7 +23,7 @@ from llmsched_env.core.engine import (
     queue_key,
     swap_in,
 )
-from llmsched_env.core.state import Engine, Status
+from llmsched_env.core.state import Engine, Level, Status
 from llmsched_env.scheduling.settings import Budget, Pass, Peak, Sort, Victim
 
 _WAITING, _RUNNING = int(Status.WAITING), int(Status.RUNNING)
@@ -35,8 +35,7 @@ _SORT_ADMISSION, _SORT_ARRIVAL, _SORT_KV, _SORT_KEY = (int(v) for v in Sort)
 _FIXED, _LOAD_ADAPTIVE = int(Budget.FIXED), int(Budget.LOAD_ADAPTIVE)
 _PEAK_NONE, _PEAK_PREDICTED, _PEAK_TRUE = (int(v) for v in Peak)
 
-# Where a request stands in vLLM v0's running list after a chunked iteration (`reorder_chunked`).
-_LEFT_OVER, _SWAPPED_IN, _DECODED, _PREFILLED, _NEW = range(5)
+_LEFT_OVER, _SWAPPED_IN, _DECODED, _PREFILLED, _NEW = (int(v) for v in Level)
 
 
 @njit
@@ -204,7 +203,7 @@ def _sort_running(e: Engine) -> None:
 def _sorts_after(e: Engine, a: int, b: int) -> bool:
     sort = e.s.sort
     if sort == _SORT_ARRIVAL:
-        return a > b
+        return e.req[a].rank > e.req[b].rank
     if sort == _SORT_KV:
         return e.req[a].computed < e.req[b].computed
     x, y = queue_key(e, a), queue_key(e, b)
@@ -250,13 +249,13 @@ def _admit(e: Engine, cap: int) -> None:
         room = s.num_running < s.max_num_seqs and _fits(e, r, want)
         if not room and s.admission_preempts:
             room = _preempt_for(e, r, want)
-        if room and s.peak != _PEAK_NONE:
+        if room and s.peak != _PEAK_NONE and s.num_running > 0:  # alone it fits
             if profile == 0:
                 profile = _build_profile(e)
             room = _peak_fits(e, r, profile)
         if room:
             after = queue.following(e, r) if s.backfill > 0 else -1
-            if s.peak != _PEAK_NONE:
+            if profile > 0:
                 profile = _add_to_profile(e, r, profile)
             q.level = _NEW
             if not grant(e, r, want):
@@ -410,7 +409,8 @@ def _preempt_for_priority(e: Engine) -> None:
 @njit
 def _outranks(e: Engine, a: int, b: int) -> bool:
     """Whether a comes before b in (priority, arrival)."""
-    return e.req[a].priority < e.req[b].priority or (e.req[a].priority == e.req[b].priority and a < b)
+    p, q = e.req[a], e.req[b]
+    return p.priority < q.priority or (p.priority == q.priority and p.rank < q.rank)
 
 
 @njit
@@ -467,7 +467,7 @@ def _visit_merged(e: Engine, cap: int) -> None:
 @njit
 def _remaining(e: Engine, q) -> float:  # type: ignore[no-untyped-def]
     """Output tokens still to come, by the length that the forward-looking test believes; at least 1."""
-    length = np.float64(q.stop) if e.s.peak == _PEAK_TRUE else q.predicted
+    length = np.float64(q.stop) if e.s.peak == _PEAK_TRUE else min(q.predicted, np.float64(q.limit))
     return max(1.0, length - q.generated)
 
 
@@ -483,13 +483,11 @@ def _held_and_left(e: Engine, r: int) -> tuple[float, float]:
 
 @njit
 def _build_profile(e: Engine) -> int:
-    """The running requests as (decode steps left, tokens held), longest first, in `work`; returns how many, at least 1."""
+    """The running requests as (decode steps left, tokens held), longest first, in `work`; returns how many."""
     n = 0
     for k in range(e.s.num_running):
         held, left = _held_and_left(e, e.running[k])
         n = _insert_profile(e, n, held, left)
-    if n == 0:
-        n = _insert_profile(e, n, 0.0, 0.0)
     return n
 
 

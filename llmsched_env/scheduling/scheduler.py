@@ -6,9 +6,13 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llmsched_env.core.config import EngineConfig
 from llmsched_env.core.engine import Order
-from llmsched_env.core.state import Engine, engine_dtype
+from llmsched_env.core.requests import Requests
+from llmsched_env.core.state import Engine, Hold, engine_dtype
 from llmsched_env.scheduling.settings import Budget, Peak, Routine, Settings, Sort, Victim, policy_fields
 
 ENGINE = engine_dtype(policy_fields())
@@ -71,6 +75,39 @@ class Scheduler:
         """float64 numbers of workspace for so many requests and clients."""
         own = self.workspace(num_requests, num_clients) if self.workspace is not None else 0
         return max(own, 2 * num_requests + 4 if self.settings.peak is not Peak.NONE else 0)
+
+    def least_blocks(
+        self, requests: Requests, stop: NDArray[np.int32], limit: NDArray[np.int32], config: EngineConfig
+    ) -> NDArray[np.int64]:
+        """(N,) KV blocks that an engine must have so that this scheduler serves each request when it is alone.
+
+        Args:
+            stop, limit: (N,) tokens at which each answer ends, and at which the engine would end it at the latest.
+            config: resolved settings.
+        """
+        assert config.max_model_len is not None and config.kv_blocks is not None and config.watermark is not None
+        s, size = self.settings, config.block_size
+        prompt = requests.prompt_tokens.astype(np.int64)
+        peak = prompt + stop - 1
+        tokens = {
+            Hold.DECLARED: prompt + limit - 1,
+            Hold.MODEL_LEN: np.full(len(prompt), config.max_model_len, np.int64),
+        }
+        held = np.maximum(peak, np.maximum(tokens.get(s.hold, peak), tokens.get(s.test, peak)))
+        blocks = -(-held // size)
+        if s.watermark_when_idle:
+            blocks = blocks + int(config.watermark * config.kv_blocks)
+        if s.free_block_for_decode:  # the last decode, from peak - 1 to peak tokens, wants a free block in any case
+            blocks = np.maximum(blocks, np.where(stop > 1, -(-(peak - 1) // size) + 1, 0))
+        return np.asarray(blocks, dtype=np.int64)
+
+    def least_budget(self, requests: Requests, stop: NDArray[np.int32]) -> NDArray[np.int64]:
+        """(N,) token budget that each request needs: its whole prompt, and what a preemption adds to it, where prompts are not cut."""
+        s = self.settings
+        prompt = requests.prompt_tokens.astype(np.int64)
+        if s.chunked or not s.limit_prefills:
+            return np.ones(len(prompt), np.int64)
+        return prompt if s.hold in (Hold.PEAK, Hold.DECLARED, Hold.MODEL_LEN) else prompt + stop - 1
 
     def _steady(self) -> int:
         """How long its decisions stay the same while all that happens is decoding: 2, until something arrives, finishes or finds no

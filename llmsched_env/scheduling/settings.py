@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from llmsched_env.core.engine import Order, Place
-from llmsched_env.core.state import Hold
+from llmsched_env.core.state import Hold, Listing
 from llmsched_env.errors import InputError, unknown
 
 
@@ -110,7 +110,7 @@ class Settings:
         free_block_for_decode: whether every decode needs a free block even if it crosses no block boundary (vLLM v0, Sarathi-Serve).
         free_block_for_chunk: likewise an unfinished chunk, unless its sequence ends on a block boundary (vLLM v0, chunked).
         reorder_chunked: vLLM v0's running list after a chunked iteration: left-overs, swapped in, decodes, prefills, new.
-        prefills_first: whether the reported plan lists prefills before decodes.
+        listing: the order in which the plan is reported.
         admission_preempts: whether the queue's head may preempt running requests that come after it in the order (SRPT, priorities).
         protect_after: with that, share of the predicted output after which a request is not preempted (TRAIL); inf: never safe.
         preempt_for_priority: vLLM v0's priority policy.
@@ -149,7 +149,7 @@ class Settings:
     free_block_for_decode: bool = False
     free_block_for_chunk: bool = False
     reorder_chunked: bool = False
-    prefills_first: bool = False
+    listing: Listing = Listing.PLANNED
     admission_preempts: bool = False
     protect_after: float = float("inf")
     preempt_for_priority: bool = False

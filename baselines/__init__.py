@@ -1,0 +1,13 @@
+"""Reference schedulers: every one that matters, by name.
+
+>>> import baselines
+>>> baselines.get("sarathi").settings.chunked
+True
+"""
+
+from __future__ import annotations
+
+from baselines import systems  # noqa: F401  (registers its schedulers)
+from baselines.registry import get, names, scheduler
+
+__all__ = ["get", "names", "scheduler"]

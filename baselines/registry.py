@@ -1,0 +1,49 @@
+"""The registry of named schedulers: a function each, whose docstring says what it is, which version, and where its rules are from."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from llmsched_env.errors import InputError, unknown
+from llmsched_env.scheduling import Scheduler
+
+Maker = Callable[[], Scheduler]
+_MAKERS: dict[str, Maker] = {}
+
+
+def scheduler(name: str) -> Callable[[Maker], Maker]:
+    """Register a function that makes the scheduler `name`. Its docstring's first line is the summary, its line `Source: ...` the source."""
+
+    def register(make: Maker) -> Maker:
+        if name in _MAKERS:
+            raise InputError(f"a scheduler {name!r} is registered already; choose another name")
+        _MAKERS[name] = make
+        return make
+
+    return register
+
+
+def get(name: str, **settings: Any) -> Scheduler:
+    """The scheduler `name`, with some of its settings changed.
+
+    >>> get("sarathi").name
+    'sarathi'
+
+    Raises:
+        InputError: for an unknown name or setting, with the nearest match.
+    """
+    if name not in _MAKERS:
+        raise unknown("scheduler", name, _MAKERS)
+    make = _MAKERS[name]
+    text = inspect.getdoc(make) or ""
+    source = [line.removeprefix("Source:").strip() for line in text.splitlines() if line.startswith("Source:")]
+    made = dataclasses.replace(make(), name=name, summary=text.split("\n", 1)[0], source=" ".join(source))
+    return made.replace(**settings) if settings else made
+
+
+def names() -> list[str]:
+    """The names of all schedulers, sorted."""
+    return sorted(_MAKERS)

@@ -1,0 +1,411 @@
+"""`simulate`: a workload, a scheduler and a GPU, run to the end; and `Result`, what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, Any
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from llmsched_env import profiles
+from llmsched_env.core.config import EngineConfig
+from llmsched_env.core.lanes import LaneSpec, engine_view, make_lanes
+from llmsched_env.core.requests import Requests
+from llmsched_env.core.run import ITERATION, Log, Outcome, Skip, advance
+from llmsched_env.core.schedule import Schedule
+from llmsched_env.core.state import Error, Lanes, Status
+from llmsched_env.errors import InputError, unknown
+from llmsched_env.profiles import Profile
+from llmsched_env.scheduling import ENGINE, Scheduler, run_lane, run_schedule
+from llmsched_env.theory.capacity import Capacity, capacity
+from llmsched_env.workloads import Workload
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_FOREVER = 2**62
+_OFTEN = 2_000_000  # iterations between two looks at the keyboard
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a run of N requests gave. Arrays per request have shape (N,), times are seconds from the start of the run.
+
+    Attributes:
+        requests: what arrived.
+        scheduler, profile: names.
+        engine: the settings that held, none of them None but `cpu_blocks`.
+        gpus: GPUs that the engine occupies.
+        capacity: requests/s that the engine could sustain of this workload, if it was asked for by a load.
+        first_scheduled_s, first_token_s, finish_s: float64; nan where it did not come to that.
+        generated_tokens: int64; preemptions: int32; recomputed_tokens: int64, dropped from the KV cache and computed again.
+        iterations_total, preemptions_total: of the whole run.
+        busy_s: seconds in which an iteration ran. makespan_s: the end of the last iteration.
+        prefill_tokens, decode_tokens: computed. wasted_tokens: computed for answers that had ended (asynchronous scheduling).
+        batch_mean: requests in an iteration. kv_mean: share of the KV cache in use, averaged over busy time.
+        itl_counts: int64 histogram of inter-token latencies, see `metrics.itl_bin_edges`. itl_sum: their sum, seconds.
+        iterations: a record array with a row an iteration (ITERATION), or None.
+        schedule: all decisions, or None.
+    """
+
+    requests: Requests
+    scheduler: str
+    profile: str
+    engine: EngineConfig
+    gpus: int
+    capacity: Capacity | None
+    first_scheduled_s: NDArray[np.float64]
+    first_token_s: NDArray[np.float64]
+    finish_s: NDArray[np.float64]
+    generated_tokens: NDArray[np.int64]
+    preemptions: NDArray[np.int32]
+    recomputed_tokens: NDArray[np.int64]
+    iterations_total: int
+    preemptions_total: int
+    busy_s: float
+    makespan_s: float
+    prefill_tokens: int
+    decode_tokens: int
+    wasted_tokens: int
+    batch_mean: float
+    kv_mean: float
+    itl_counts: NDArray[np.int64]
+    itl_sum: float
+    iterations: NDArray[Any] | None = None
+    schedule: Schedule | None = None
+
+    def metrics(self, **options: Any) -> dict[str, Any]:
+        """All metrics as plain numbers; see `metrics.summary` for the options (targets, trimming)."""
+        from llmsched_env.metrics import summary
+
+        return summary(self, **options)
+
+    def to_frame(self) -> pd.DataFrame:
+        """A pandas table with a row a request."""
+        from llmsched_env.metrics import to_frame
+
+        return to_frame(self)
+
+
+def simulate(
+    workload: Requests | Workload,
+    scheduler: Scheduler,
+    profile: str | Profile = "a100-llama3-8b",
+    engine: EngineConfig | None = None,
+    *,
+    seed: int = 0,
+    record: str | None = None,
+    skip: str = "exact",
+    oversized: str = "error",
+    horizon_s: float = math.inf,
+    max_iterations: int | None = None,
+) -> Result:
+    """Serve a workload to the end and measure.
+
+    Args:
+        workload: requests, or a recipe that draws them (its load is relative to this engine's capacity for it).
+        scheduler: e.g. `baselines.get("sarathi")`, or one of your own.
+        profile: a cost profile or its name.
+        engine: engine settings; what is None comes from the scheduler's system and the profile.
+        seed: of the engine's own generator, which only schedulers that draw lots use.
+        record: "iterations" keeps a row for each iteration, "schedule" also who got how many tokens.
+        skip: how stretches of pure decoding are run: "exact" gives the same bits as "none" faster; "closed" sums them in closed form,
+            equal within rounding (1e-9 relative), where the cost model is linear in the KV reads.
+        oversized: what becomes of a request that can never fit: "error", "drop" (it is never served, and reported unfinished) or "keep" (it
+            waits for ever, and whoever it blocks with it).
+        horizon_s: the run ends with the first iteration that ends at this time or later.
+        max_iterations: the run ends after so many iterations.
+
+    Raises:
+        InputError: for contradictory settings, a request that can never fit (by name), missing predictions, or a scheduler that breaks
+            a rule of the engine or stops making progress (with the request, the iteration and the rule).
+    """
+    return _run(
+        *_prepare(workload, scheduler, profile, engine or EngineConfig(), seed, oversized),
+        record=_choice("record", record, (None, "iterations", "schedule")),
+        skip=Skip[_choice("skip", skip, ("none", "exact", "closed")).upper()],
+        horizon_s=horizon_s,
+        max_iterations=max_iterations,
+    )
+
+
+def replay(
+    schedule: Schedule,
+    workload: Requests,
+    profile: str | Profile = "a100-llama3-8b",
+    engine: EngineConfig | None = None,
+    *,
+    scheduler: Scheduler | None = None,
+) -> Result:
+    """Run the decisions of a schedule and nothing else; the same engine gives the same times to the last bit.
+
+    `scheduler` is the one that made it, if it was one: only what it reserves at admission and its engine defaults matter.
+
+    Raises:
+        InputError: names the iteration and the rule if the schedule breaks one, or if it leaves requests unfinished.
+    """
+    made_by = scheduler or Scheduler("schedule")
+    prepared = _prepare(workload, made_by, profile, engine or EngineConfig(), 0, "error")
+    return _run(*prepared, record="schedule", skip=Skip.NONE, horizon_s=math.inf, max_iterations=None, follow=schedule)
+
+
+# ---------------------------------------------------------------------------------------------------------------- before the run
+
+
+def resolve(engine: EngineConfig, scheduler: Scheduler, profile: Profile, longest: int = 2**31 - 1) -> EngineConfig:
+    """Engine settings with the scheduler's defaults, the profile's KV capacity, and as model length that capacity or `longest` (tokens).
+
+    Raises:
+        InputError: if neither says how large the KV cache is, or settings contradict each other.
+    """
+    config = scheduler.resolve(engine)
+    if config.kv_blocks is None:
+        if profile.kv_tokens is None:
+            raise InputError(f"profile {profile.name} has no KV capacity; give kv_blocks (--kv-tokens)")
+        config = config.replace(kv_blocks=max(1, profile.kv_tokens // config.block_size))
+    if config.max_model_len is None:
+        config = config.replace(max_model_len=min(config.kv_tokens, longest))
+    return config
+
+
+def _prepare(
+    workload: Requests | Workload, scheduler: Scheduler, profile: str | Profile, engine: EngineConfig, seed: int, oversized: str
+) -> tuple[Requests, Scheduler, Profile, EngineConfig, Capacity | None, Lanes]:
+    """Resolve everything and lay the engine out."""
+    profile = profiles.get(profile)
+    limit: Capacity | None = None
+    if isinstance(workload, Requests):
+        requests = workload
+    else:
+        if workload.load is not None:
+            limit = capacity(workload.moments(), profile.time, resolve(engine, scheduler, profile))
+        requests = workload.draw(None if limit is None else limit.rps)
+    config = resolve(engine, scheduler, profile, int((requests.prompt_tokens.astype(np.int64) + requests.declared_tokens).max()))
+    if scheduler.needs_predictions():
+        missing = np.isnan(requests.predicted_tokens)
+        if missing.any():
+            i = int(np.argmax(missing))
+            raise InputError(
+                f"scheduler {scheduler.name} needs predicted lengths, and request {requests.name(i)} has none; choose a prediction"
+            )
+    _choice("oversized", oversized, ("error", "drop", "keep"))
+    stop, limit_tokens, bad = _fitted(requests, scheduler, config)
+    if bad.any() and oversized == "error":
+        i = int(np.argmax(bad))
+        raise InputError(_misfit(requests, i, scheduler, config, stop))
+    spec = LaneSpec(
+        requests=requests,
+        config=config,
+        pack=scheduler.pack,
+        cost=profile.pack(),
+        kv_bytes_per_token=profile.kv_bytes_per_token or 0.0,
+        stop_tokens=stop,
+        limit_tokens=limit_tokens,
+        dropped=bad if oversized == "drop" else np.zeros(len(requests), bool),
+        seed=seed,
+        workspace=scheduler.work_size(len(requests), int(requests.client.max()) + 1),
+        patient=oversized == "keep",
+    )
+    return requests, scheduler, profile, config, limit, make_lanes([spec], ENGINE)
+
+
+def _fitted(
+    requests: Requests, scheduler: Scheduler, config: EngineConfig
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_]]:
+    """Where each answer ends, where the engine would end it at the latest, and which requests can never be served."""
+    settings = scheduler.settings
+    assert config.max_model_len is not None and config.kv_blocks is not None and config.watermark is not None
+    prompt = requests.prompt_tokens.astype(np.int64)
+    longest = config.max_model_len - prompt + (1 if settings.stop_one_later else 0)
+    limit = np.minimum(requests.declared_tokens, longest)
+    stop = np.minimum(requests.output_tokens, limit)
+    bad = longest < 1
+    limit, stop = np.maximum(limit, 1), np.maximum(stop, 1)
+    return stop.astype(np.int32), limit.astype(np.int32), bad | (scheduler.least_blocks(requests, stop, limit, config) > config.kv_blocks) | (
+        scheduler.least_budget(requests, stop) > config.token_budget
+    )
+
+
+def _misfit(requests: Requests, i: int, scheduler: Scheduler, config: EngineConfig, stop: NDArray[np.int32]) -> str:
+    """Why request i can never be served, and what to do about it."""
+    one = requests.take(np.array([i]))
+    prompt, output = int(one.prompt_tokens[0]), int(one.output_tokens[0])
+    who = f"request {requests.name(i)} ({prompt} prompt + {output} output tokens) can never fit: "
+    mend = "; clip or drop it (max_total_tokens, oversized='drop'), or "
+    assert config.max_model_len is not None and config.token_budget is not None
+    if prompt >= config.max_model_len:
+        return f"{who}its prompt fills the model length of {config.max_model_len} tokens{mend}raise max_model_len"
+    budget = int(scheduler.least_budget(one, stop[i : i + 1])[0])
+    if budget > config.token_budget:
+        return (
+            f"{who}{scheduler.name} does not cut prompts and needs a token budget of {budget}, not {config.token_budget}"
+            f"{mend}raise token_budget"
+        )
+    _, limit, _ = _fitted(one, scheduler, config)
+    blocks = int(scheduler.least_blocks(one, stop[i : i + 1], limit, config)[0])
+    return (
+        f"{who}{scheduler.name} needs {blocks} KV blocks of {config.block_size} tokens for it, the engine has {config.kv_blocks}"
+        f"{mend}raise kv_blocks (--kv-tokens)"
+    )
+
+
+def _choice(name: str, value: Any, known: tuple[Any, ...]) -> Any:
+    if value not in known:
+        raise unknown(name, value, [str(k) for k in known])
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------- the run
+
+
+def _run(
+    requests: Requests,
+    scheduler: Scheduler,
+    profile: Profile,
+    config: EngineConfig,
+    limit: Capacity | None,
+    lanes: Lanes,
+    *,
+    record: str | None,
+    skip: Skip,
+    horizon_s: float,
+    max_iterations: int | None,
+    follow: Schedule | None = None,
+) -> Result:
+    if math.isnan(horizon_s) or horizon_s <= 0:
+        raise InputError(f"horizon_s must be positive seconds, not {horizon_s}")
+    log = _make_log(record, len(requests), rows=4096 if record else 0)
+    left = _FOREVER if max_iterations is None else max_iterations
+    run = _runner(scheduler, lanes, follow)
+    while True:
+        before = int(lanes.s[0]["iterations"])
+        outcome = run(log, min(left, _OFTEN), horizon_s, int(skip))
+        left -= int(lanes.s[0]["iterations"]) - before
+        if outcome == Outcome.LOG_FULL:
+            log = _grow(log, len(requests))
+        elif outcome == Outcome.ERROR:
+            raise InputError(_broken_rule(requests, scheduler, lanes))
+        elif outcome != Outcome.MORE or left <= 0:
+            break
+    if follow is not None:
+        done = int(lanes.s[0]["num_finished"])
+        if done < len(requests):
+            raise InputError(f"the schedule ends after {len(follow)} iterations with {len(requests) - done} requests unfinished")
+    return _result(requests, scheduler, profile, config, limit, lanes, log, record)
+
+
+def _runner(scheduler: Scheduler, lanes: Lanes, follow: Schedule | None) -> Any:
+    """The function that advances the engine under whatever decides."""
+    if follow is not None:
+        return lambda log, most, horizon, skip: run_schedule(
+            lanes, 0, log, most, horizon, follow.start_s, follow.ends, follow.requests, follow.tokens
+        )
+    if scheduler.plan is None:
+        return lambda log, most, horizon, skip: run_lane(lanes, 0, log, most, horizon, skip)
+    view, plan = engine_view(lanes, 0), scheduler.plan
+    loop = numba.njit(advance, nogil=True) if isinstance(plan, numba.core.registry.CPUDispatcher) else advance
+    return lambda log, most, horizon, skip: loop(view, plan, log, most, horizon, skip)
+
+
+def _make_log(record: str | None, num_requests: int, rows: int) -> Log:
+    entries = max(4 * rows, 4 * num_requests) if record == "schedule" else 0
+    return Log(np.zeros(rows, ITERATION), np.zeros(entries, np.int32), np.zeros(entries, np.int32), np.zeros(2, np.int64))
+
+
+def _grow(log: Log, num_requests: int) -> Log:
+    """The log with twice the room."""
+
+    def longer(array: NDArray[Any], least: int) -> NDArray[Any]:
+        grown = np.zeros(2 * len(array) + (least if len(array) else 0), array.dtype)
+        grown[: len(array)] = array
+        return grown
+
+    return Log(longer(log.rows, 0), longer(log.requests, 4 * num_requests), longer(log.tokens, 4 * num_requests), log.used)
+
+
+def _broken_rule(requests: Requests, scheduler: Scheduler, lanes: Lanes) -> str:
+    """The message for the rule of the engine that was broken."""
+    s = lanes.s[0]
+    r, value, limit = int(s["error_request"]), int(s["error_value"]), int(s["error_limit"])
+    name = requests.name(r) if 0 <= r < len(requests) else str(r)
+    what = {
+        Error.UNKNOWN_REQUEST: f"there is no request {r}; they are numbered 0 to {len(requests) - 1}",
+        Error.NOT_SCHEDULABLE: f"request {name} is {_status(value)} and cannot be given tokens",
+        Error.TWICE: f"request {name} was given tokens twice in one iteration",
+        Error.TOKENS: f"request {name} was given {value} tokens and can use 1 to {limit}",
+        Error.BUDGET: f"request {name} was given {value} tokens, and the token budget has {limit} left",
+        Error.KV: f"request {name} needs {value} more KV blocks, and {limit} are free; preempt somebody first",
+        Error.SEQS: f"request {name} was admitted while {value} of at most {limit} requests run",
+        Error.NOT_RESIDENT: f"request {name} is {_status(value)} and cannot be preempted; only running ones can",
+        Error.STUCK: f"nothing is planned, nothing more arrives, and {int(s['num_waiting'])} requests wait, the first of them {name}; "
+        "a scheduler must always serve somebody",
+        Error.LIVELOCK: f"no token came out for {1_000_000} iterations; {name} is preempted again and again",
+    }[Error(int(s["error"]))]
+    return f"scheduler {scheduler.name}, iteration {int(s['iterations'])} at {float(s['clock']):.6g} s: {what}"
+
+
+def _status(value: int) -> str:
+    return {
+        Status.FUTURE: "not there yet",
+        Status.WAITING: "waiting",
+        Status.RUNNING: "running",
+        Status.SWAPPED: "swapped out",
+        Status.EVICTED: "preempted in this iteration",
+        Status.FINISHED: "finished",
+        Status.DROPPED: "dropped as too large",
+    }[Status(value)]
+
+
+def _result(
+    requests: Requests,
+    scheduler: Scheduler,
+    profile: Profile,
+    config: EngineConfig,
+    limit: Capacity | None,
+    lanes: Lanes,
+    log: Log,
+    record: str | None,
+) -> Result:
+    s, req = lanes.s[0], lanes.req
+    iterations, busy = int(s["iterations"]), float(s["busy"])
+    rows = log.rows[: log.used[0]].copy() if record else None
+    schedule = None
+    if record == "schedule" and rows is not None:
+        schedule = Schedule(
+            rows["start_s"].copy(), rows["entries"].copy(), log.requests[: log.used[1]].copy(), log.tokens[: log.used[1]].copy()
+        )
+    gaps = req["last_token"] - req["first_token"]
+    finish = req["finish"].copy()
+    return Result(
+        requests=requests,
+        scheduler=scheduler.name,
+        profile=profile.name,
+        engine=config,
+        gpus=profile.gpus,
+        capacity=limit,
+        first_scheduled_s=req["first_scheduled"].copy(),
+        first_token_s=req["first_token"].copy(),
+        finish_s=finish,
+        generated_tokens=req["generated"].astype(np.int64),
+        preemptions=req["preemptions"].copy(),
+        recomputed_tokens=req["recomputed"].copy(),
+        iterations_total=iterations,
+        preemptions_total=int(s["preemptions"]),
+        busy_s=busy,
+        makespan_s=float(np.nanmax(finish)) if int(s["num_finished"]) == len(requests) else float(s["clock"]),
+        prefill_tokens=int(s["total_prefill"]),
+        decode_tokens=int(s["total_decode"]),
+        wasted_tokens=int(s["total_wasted"]),
+        batch_mean=float(s["batch_sum"]) / iterations if iterations else 0.0,
+        kv_mean=float(s["kv_seconds"]) / (busy * config.kv_tokens) if busy > 0 else 0.0,
+        itl_counts=lanes.itl,
+        itl_sum=float(np.nansum(gaps)),
+        iterations=rows,
+        schedule=schedule,
+    )
+
+
+__all__ = ["Result", "replay", "resolve", "simulate"]
