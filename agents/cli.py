@@ -126,7 +126,7 @@ def show_profile(
     """Show a cost profile, and plot iteration time over load."""
     from baselines import plots
     from llmsched_env import profiles
-    from llmsched_env.files import replacing, require_writable_file
+    from llmsched_env.files import writing, require_writable_file
 
     profile = profiles.get(name)
     path = Path(f"{profile.name}.png") if output is None else output
@@ -134,7 +134,7 @@ def show_profile(
         raise InputError(f"--output {path} must end in .png")
     require_writable_file(path)
     _print_table(profile.name, ("", ""), _describe(profile))
-    with replacing(path) as temporary:
+    with writing(path) as temporary:
         plots.profile(profile, temporary)
     print(f"iteration time over load: {path}")
 
@@ -317,9 +317,9 @@ def _write_iterations(result: Result, path: Path) -> None:
 
 
 def _write_csv(frame: Any, path: Path) -> None:
-    from llmsched_env.files import replacing
+    from llmsched_env.files import writing
 
-    with replacing(path) as temporary:
+    with writing(path) as temporary:
         frame.to_csv(temporary, index=False)
 
 

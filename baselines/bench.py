@@ -21,7 +21,7 @@ import numpy as np
 import baselines
 from llmsched_env import EngineConfig, Requests, profiles, simulate, workloads
 from llmsched_env.errors import InputError, unknown
-from llmsched_env.files import replacing, require_writable_folder
+from llmsched_env.files import writing, require_writable_folder
 from llmsched_env.simulation import resolve
 from llmsched_env.theory.capacity import capacity
 
@@ -334,6 +334,6 @@ def save(outcome: Outcome, summary: pd.DataFrame, folder: str | Path) -> list[Pa
         writers["latency.png"] = lambda path: plots.latency(outcome.suite, summary, path)
         writers["frontier.png"] = lambda path: plots.frontier(outcome.suite, summary, path)
     for name, write in writers.items():
-        with replacing(folder / name) as path:
+        with writing(folder / name) as path:
             write(path)
     return [folder / name for name in writers]

@@ -50,7 +50,7 @@ def _require_writable(folder: Path, path: Path) -> None:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def writing(path: str | Path) -> Iterator[Path]:
     """A path to write to: it takes the place of `path` when the block ends well, and goes when it does not."""
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")

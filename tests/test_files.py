@@ -3,13 +3,13 @@ from pathlib import Path
 import pytest
 
 from llmsched_env.errors import InputError
-from llmsched_env.files import replacing, require_writable_file, require_writable_folder
+from llmsched_env.files import writing, require_writable_file, require_writable_folder
 
 
 def test_the_file_appears_only_when_complete(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("old")
-    with replacing(path) as temporary:
+    with writing(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old"
         assert temporary.suffix == ".csv"
@@ -20,7 +20,7 @@ def test_the_file_appears_only_when_complete(tmp_path: Path) -> None:
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("old")
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
+    with pytest.raises(RuntimeError), writing(path) as temporary:
         temporary.write_text("half")
         raise RuntimeError
     assert path.read_text() == "old"
@@ -29,7 +29,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_link_is_kept(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "file")
-    with replacing(tmp_path / "link") as temporary:
+    with writing(tmp_path / "link") as temporary:
         temporary.write_text("text")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "file").read_text() == "text"
