@@ -279,16 +279,42 @@ def grant(e: Engine, r: int, tokens: int) -> bool:
     return True
 
 
-@njit(inline="always")
-def grant_decode(e: Engine, r: int) -> None:
-    """`grant(e, r, 1)` for a decoding request whose next token fits into a block it holds: the case that is by far the most frequent."""
-    s, q = e.s, e.req[r]
-    q.granted = 1
-    s.decodes += 1
-    s.decode_context += q.computed + 1
-    s.budget -= 1
-    e.plan[s.num_planned] = r
-    s.num_planned += 1
+@njit
+def grant_decodes(e: Engine, i: int, skip_prefills: bool) -> int:
+    """`grant` one token each to the running requests from index i on, as long as they decode into a block that they hold.
+
+    The same as granting them one by one, for the case that is by far the most frequent. Returns the index of the first request that is
+    another case: it prefills (unless those are skipped), needs a block, has a token in flight or a place in the plan, or finds the budget
+    used up where decodes are limited by it.
+    """
+    s, req, running, plan = e.s, e.req, e.running, e.plan
+    n, size = s.num_planned, s.block_size
+    last = s.num_running
+    if s.limit_decodes:
+        last = min(last, i + max(0, s.budget))  # one token each
+    if s.max_batch_requests > 0:
+        last = min(last, i + max(0, s.max_batch_requests - n))
+    if s.free_block_for_decode and s.free < 1:
+        return i
+    start, context = n, 0
+    while i < last:
+        r = running[i]
+        q = req[r]
+        if q.computed < q.target and skip_prefills:
+            i += 1
+            continue
+        if q.computed < q.target or q.computed >= q.blocks * size or q.in_flight > 0 or q.granted > 0:
+            break
+        q.granted = 1
+        context += q.computed + 1
+        plan[n] = r
+        n += 1
+        i += 1
+    s.num_planned = n
+    s.decodes += n - start
+    s.decode_context += context
+    s.budget -= n - start
+    return i
 
 
 @njit
@@ -449,11 +475,10 @@ def _token_out(e: Engine, q, now: float) -> None:  # type: ignore[no-untyped-def
     s = e.s
     q.generated += 1
     s.total_generated += 1
-    if np.isnan(q.first_token):
+    if q.generated == 1:
         q.first_token = now
-    else:
-        if len(e.itl) > 0:
-            e.itl[itl_bin(now - q.last_token)] += 1
+    elif len(e.itl) > 0:
+        e.itl[itl_bin(now - q.last_token)] += 1
     q.last_token = now
 
 
@@ -485,7 +510,7 @@ def _account(e: Engine, dt: float) -> None:
 @njit
 def execute(e: Engine) -> float:
     """Run the planned iteration (synchronous scheduling) and return its duration (s)."""
-    s, req = e.s, e.req
+    s, req, plan = e.s, e.req, e.plan
     dt = iteration_time(e)
     now = s.clock + dt
     s.clock = now
@@ -493,19 +518,35 @@ def execute(e: Engine) -> float:
     s.kv_tokens += s.prefill_tokens + s.decodes
     _account(e, dt)
     before = s.num_finished
-    produced = s.total_generated
+    produced = 0
+    # Most requests got their last token together, so that their gaps fall into one bin: count them, then write.
+    counted = len(e.itl) > 0
+    last, same, slot = np.nan, 0, 0
     for k in range(s.num_planned):
-        r = e.plan[k]
-        q = req[r]
+        q = req[plan[k]]
         q.computed += q.granted
         q.granted = 0
-        if q.computed >= q.prompt + q.generated:
-            _token_out(e, q, now)
-            if q.generated >= q.stop:
-                finish(e, r, now)
+        if q.computed < q.prompt + q.generated:
+            continue
+        produced += 1
+        q.generated += 1
+        if q.generated == 1:
+            q.first_token = now
+        elif counted:
+            if q.last_token != last:
+                if same > 0:
+                    e.itl[slot] += same
+                last, same, slot = q.last_token, 0, itl_bin(now - q.last_token)
+            same += 1
+        q.last_token = now
+        if q.generated >= q.stop:
+            finish(e, plan[k], now)
+    if same > 0:
+        e.itl[slot] += same
     if s.num_finished > before:
         drop_finished(e)
-    if s.total_generated > produced:
+    if produced > 0:
+        s.total_generated += produced
         s.last_progress = s.iterations
     return dt
 

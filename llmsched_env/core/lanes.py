@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from llmsched_env.core.config import EngineConfig
 from llmsched_env.core.histogram import BINS
 from llmsched_env.core.requests import Requests
-from llmsched_env.core.state import REQUEST, Engine, Lanes, Status
+from llmsched_env.core.state import REQUEST, Engine, Lanes, Status, aligned_zeros
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def make_lanes(specs: Sequence[LaneSpec], engine_dtype: np.dtype[Any]) -> Lanes:
     first_itl = _offsets([BINS if spec.histogram else 0 for spec in specs])
     lanes = Lanes(
         s=np.zeros(len(specs), engine_dtype),
-        req=np.zeros(first[-1], REQUEST),
+        req=aligned_zeros(int(first[-1]), REQUEST),
         lists=np.zeros(5 * first[-1], np.int32),
         work=np.zeros(first_work[-1]),
         cost=np.concatenate([spec.cost for spec in specs]),

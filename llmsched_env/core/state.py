@@ -73,8 +73,8 @@ class Error(enum.IntEnum):
     LIVELOCK = 11
 
 
-# One request. The first 64 bytes are what each iteration touches.
-REQUEST = np.dtype(
+# One request. The first 64 bytes are what each iteration touches; they are a cache line of their own, see `aligned_zeros`.
+_REQUEST = np.dtype(
     [
         ("status", "i4"),
         ("computed", "i4"),  # tokens whose KV is computed (or being computed, asynchronously)
@@ -122,6 +122,32 @@ REQUEST = np.dtype(
     ],
     align=True,
 )
+
+def _padded(dtype: np.dtype[Any]) -> np.dtype[Any]:
+    """The record as an odd number of cache lines, so that the first lines of neighbours fall into different sets of the cache."""
+    lines = -(-dtype.itemsize // 64) | 1
+    fields = dtype.fields or {}
+    names = list(dtype.names or ())
+    return np.dtype(
+        {
+            "names": names,
+            "formats": [fields[name][0] for name in names],
+            "offsets": [fields[name][1] for name in names],
+            "itemsize": 64 * lines,
+        },
+        align=True,
+    )
+
+
+REQUEST = _padded(_REQUEST)
+
+
+def aligned_zeros(n: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """n zeroed records that begin on a cache line."""
+    raw = np.zeros(n * dtype.itemsize + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + n * dtype.itemsize].view(dtype)
+
 
 # One engine: settings, the policy's settings, counters. Filled by `simulation`, advanced by `engine` and `run`.
 _ENGINE: list[tuple[Any, ...]] = [

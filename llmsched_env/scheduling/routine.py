@@ -17,7 +17,7 @@ from llmsched_env.core.engine import (
     enter_queue,
     evict,
     grant,
-    grant_decode,
+    grant_decodes,
     known_tokens,
     length_class,
     queue_key,
@@ -91,6 +91,10 @@ def _visit_running(e: Engine, what: int, cap: int, held: bool) -> None:
         return
     i = 0
     while i < s.num_running:
+        if what != _CHUNKS:
+            i = grant_decodes(e, i, what == _DECODES or held)
+            if i >= s.num_running:
+                break
         if s.budget <= 0 and s.limit_decodes:
             break
         if s.max_batch_requests > 0 and s.num_planned >= s.max_batch_requests:
@@ -113,16 +117,10 @@ def _visit_running(e: Engine, what: int, cap: int, held: bool) -> None:
             if what == _CHUNKS or q.generated + q.in_flight >= q.limit:  # nothing of it is left to compute
                 i += 1
                 continue
-            if q.computed < q.blocks * s.block_size and (s.free > 0 or not s.free_block_for_decode):
-                q.level = _DECODED
-                grant_decode(e, r)
-                i += 1
-                continue
         i = _make_room(e, i, want)
         if i < 0:  # it had to go itself
             i = -1 - i
             continue
-        q.level = _PREFILLED if q.computed < q.target else _DECODED
         grant(e, r, want)
         i += 1
 
@@ -213,11 +211,15 @@ def _sorts_after(e: Engine, a: int, b: int) -> bool:
 @njit
 def _reorder_chunked(e: Engine) -> None:
     """vLLM v0's running list after a chunked iteration: left-overs, swapped in, decodes, prefills, new prefills."""
-    s, running, scratch = e.s, e.running, e.pending
+    s, req, running, scratch = e.s, e.req, e.running, e.pending
+    for k in range(s.num_running):
+        q = req[running[k]]
+        if q.level != _SWAPPED_IN and q.level != _NEW:
+            q.level = _LEFT_OVER if q.granted == 0 else _DECODED if q.computed >= q.target else _PREFILLED
     n = 0
     for level in range(5):
         for k in range(s.num_running):
-            if e.req[running[k]].level == level:
+            if req[running[k]].level == level:
                 scratch[n] = running[k]
                 n += 1
     for k in range(n):
