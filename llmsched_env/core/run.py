@@ -153,27 +153,46 @@ def _next_arrival(e: Engine) -> float:
 
 @njit
 def _settled(e: Engine) -> bool:
-    """After an iteration: whether the next ones can only repeat it until an event. Only then may a stretch be taken in one go."""
+    """Whether the scheduler, asked now, could only let all running requests decode, and so on until an event.
+
+    Either nobody else is there; or the queue was found blocked in the iteration before, which only decoded, and nothing that could
+    unblock it has happened since. (Running requests that still prefill are left to `_stretch_length`.)
+    """
     s = e.s
+    if s.steady == 0 or s.num_running == 0 or _next_arrival(e) <= s.clock:
+        return False
+    if s.limit_decodes and s.num_running > s.token_budget:
+        return False
+    if s.max_batch_requests > 0 and s.num_running > s.max_batch_requests:
+        return False
+    if s.num_waiting == 0 and s.num_swapped == 0:
+        return True
     return (
-        s.decodes > 0
+        s.steady == 2
         and s.decodes == s.num_running
         and s.prefill_requests == 0
         and s.num_victims == 0
         and s.num_swapped_in == 0
-        and (s.steady == 2 or (s.steady == 1 and s.num_waiting == 0 and s.num_swapped == 0))
-        and _next_arrival(e) > s.clock
     )
 
 
 @njit
 def _stretch_length(e: Engine, most: int) -> int:
-    """Iterations, at most `most`, until a running request finishes or blocks might run short; the finishing one included."""
+    """Iterations, at most `most`, until a running request finishes or blocks might run short; the finishing one included.
+
+    0 if a running request still prefills, or was passed over in the last iteration so that its next gap is longer than the iteration.
+    Leaves the KV reads of the first of these iterations in `decode_context`.
+    """
     s, req = e.s, e.req
     steps = most
+    context = 0
     for k in range(s.num_running):
         q = req[e.running[k]]
+        if q.computed < q.target or q.last_token != s.clock:
+            return 0
         steps = min(steps, q.stop - q.generated)
+        context += q.computed + 1
+    s.decode_context = context
     spare = s.free - (1 if s.free_block_for_decode else 0)
     if s.num_running * (steps // s.block_size + 1) <= spare:
         return steps
@@ -192,14 +211,19 @@ def _stretch_length(e: Engine, most: int) -> int:
 
 
 @njit
-def _stretch(e: Engine, log: Log, most: int, horizon: float, closed: bool) -> None:
-    """Run the coming iterations of pure decoding, at most `most`, in one go."""
+def _stretch(e: Engine, log: Log, most: int, horizon: float, closed: bool) -> int:
+    """Run the coming iterations of pure decoding, at most `most`, in one go; returns how many."""
     s, req = e.s, e.req
     steps = _stretch_length(e, most)
     if steps < 1:
-        return
-    batch = s.decodes
-    context = s.decode_context + batch
+        return 0
+    batch, context = s.num_running, s.decode_context
+    begin_plan(e)  # what the last of these iterations leaves behind
+    s.decodes = batch
+    s.num_planned = batch
+    if len(log.requests) > 0:
+        for k in range(batch):
+            e.plan[k] = e.running[k]
     until = min(_next_arrival(e), horizon)
     base, slope = decode_line(e.cost, batch) if closed else (np.nan, np.nan)
     if closed and not np.isnan(base) and len(log.rows) == 0:
@@ -208,7 +232,8 @@ def _stretch(e: Engine, log: Log, most: int, horizon: float, closed: bool) -> No
         done = _sum_exact(e, log, steps, until, batch, context)
     now = s.clock
     s.visible = now
-    s.decode_context += done * batch
+    s.decode_context = context + (done - 1) * batch
+    s.budget -= batch
     s.iterations += done
     s.last_progress = s.iterations
     s.total_decode += done * batch
@@ -229,6 +254,7 @@ def _stretch(e: Engine, log: Log, most: int, horizon: float, closed: bool) -> No
             finish(e, r, now)
     if s.num_finished > before:
         drop_finished(e)
+    return done
 
 
 @njit
@@ -356,8 +382,10 @@ def after_plan(e: Engine, log: Log, last: int, horizon: float, skip: int) -> int
         write_log(e, log, start)
     if s.iterations - s.last_progress > _LIVELOCK:
         return _give_up(e, LIVELOCK)
-    if skip != 0 and not s.asynchronous and _settled(e) and not _log_full(e, log):
-        _stretch(e, log, last - s.iterations, horizon, skip == 2)
+    if skip != 0 and not s.asynchronous:
+        while s.iterations < last and s.clock < horizon and not _log_full(e, log) and _settled(e):
+            if _stretch(e, log, last - s.iterations, horizon, skip == 2) == 0:
+                break
     return READY
 
 
