@@ -126,7 +126,7 @@ def show_profile(
     """Show a cost profile, and plot iteration time over load."""
     from baselines import plots
     from llmsched_env import profiles
-    from llmsched_env.files import writing, require_writable_file
+    from llmsched_env.files import require_writable_file, writing
 
     profile = profiles.get(name)
     path = Path(f"{profile.name}.png") if output is None else output

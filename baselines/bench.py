@@ -21,7 +21,7 @@ import numpy as np
 import baselines
 from llmsched_env import EngineConfig, Requests, profiles, simulate, workloads
 from llmsched_env.errors import InputError, unknown
-from llmsched_env.files import writing, require_writable_folder
+from llmsched_env.files import require_writable_folder, writing
 from llmsched_env.simulation import resolve
 from llmsched_env.theory.capacity import capacity
 
@@ -41,7 +41,7 @@ class Suite:
         cases: pairs of workload and cost profile.
         loads: offered loads, as shares of the engine's capacity for the workload.
         table_load: the one of them that the table and the frontier show.
-        schedulers: names; empty: all there are.
+        schedulers: names.
         num_requests: of one run.
         seeds: how many; seed i draws the same requests for every scheduler.
         ttft_target, tpot_target: seconds, for goodput.
@@ -51,9 +51,9 @@ class Suite:
     cases: tuple[tuple[str, str], ...]
     loads: tuple[float, ...]
     table_load: float
-    schedulers: tuple[str, ...] = ()
-    num_requests: int = 2000
-    seeds: int = 5
+    schedulers: tuple[str, ...]
+    num_requests: int
+    seeds: int
     ttft_target: float = 2.0
     tpot_target: float = 0.1
 
@@ -63,10 +63,12 @@ class Suite:
         if self.num_requests < 1:
             raise InputError(f"num_requests must be at least 1, not {self.num_requests}")
         known = baselines.names()
+        if not self.schedulers:
+            raise InputError(f"no schedulers to compare; known: {', '.join(known)}")
         for name in self.schedulers:
             if name not in known:
                 raise unknown("scheduler", name, known)
-        object.__setattr__(self, "schedulers", tuple(dict.fromkeys(self.schedulers)) or tuple(known))
+        object.__setattr__(self, "schedulers", tuple(dict.fromkeys(self.schedulers)))  # each once
 
     @property
     def runs(self) -> int:
@@ -90,33 +92,28 @@ QUICK = (
 
 def suite(name: str, *, schedulers: Sequence[str] = (), seeds: int | None = None) -> Suite:
     """The suite `quick` or `full`, perhaps with other schedulers or another number of seeds."""
-    if name not in ("quick", "full"):
-        raise unknown("suite", name, ("quick", "full"))
     if name == "quick":
-        base = Suite(
+        return Suite(
             name,
             cases=(("azure-conv", "a100-llama3-8b"),),
             loads=(0.3, 0.5, 0.7, 0.8, 0.9, 1.0),
             table_load=0.9,
-            schedulers=QUICK,
+            schedulers=tuple(schedulers) or QUICK,
+            num_requests=2000,
+            seeds=5 if seeds is None else seeds,
         )
-    else:
-        base = Suite(
+    if name == "full":
+        traces = ("azure-conv", "azure-code", "mooncake-conversation", "deepseek-r1")
+        return Suite(
             name,
-            cases=tuple(
-                (workload, "a100-llama3-8b")
-                for workload in ("azure-conv", "azure-code", "mooncake-conversation", "deepseek-r1")
-            ),
+            cases=tuple((workload, "a100-llama3-8b") for workload in traces),
             loads=(0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.1),
             table_load=0.9,
+            schedulers=tuple(schedulers) or tuple(baselines.names()),
             num_requests=5000,
-            seeds=10,
+            seeds=10 if seeds is None else seeds,
         )
-    return dataclasses.replace(
-        base,
-        schedulers=tuple(schedulers) or base.schedulers,
-        seeds=base.seeds if seeds is None else seeds,
-    )
+    raise unknown("suite", name, ("quick", "full"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +196,7 @@ def _compare(
 
 
 def _draw(suite: Suite, workload: str, profile: str, load: float, seed: int) -> Requests:
-    """The requests of a run. The load is relative to the engine as the baseline sets it up, whoever schedules."""
+    """The requests of a run; the load is relative to the engine as the baseline sets it up."""
     recipe = workloads.get(workload, num_requests=suite.num_requests, load=load, seed=seed)
     cost = profiles.get(profile)
     engine = resolve(EngineConfig(), baselines.get(BASELINE), cost)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
     from baselines.bench import Suite
     from llmsched_env.profiles import Profile
@@ -32,6 +35,16 @@ COLOURS = (
 MARKERS = "osD^vP*Xp<"
 OTHERS = "#BBBBBB"
 
+CUT = 30
+"""Pictures leave out what is more than so many times worse than the best, lest all others fall together."""
+
+# Metric: label, and what its seconds are multiplied with.
+_PANELS: dict[str, tuple[str, int]] = {
+    "latency_mean": ("mean latency (s)", 1),
+    "ttft_p99": ("99th percentile of TTFT (s)", 1),
+    "tpot_p99": ("99th percentile of TPOT (ms)", 1000),
+}
+
 _STYLE: dict[str, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -48,29 +61,29 @@ _STYLE: dict[str, Any] = {
 
 
 def latency(suite: Suite, summary: pd.DataFrame, path: Path) -> None:
-    """Mean latency, p99 TTFT and p99 TPOT against load, a row for each case; bands are 95 % intervals."""
-    panels = (
-        ("latency_mean", "mean latency (s)"),
-        ("ttft_p99", "99th percentile of TTFT (s)"),
-        ("tpot_p99", "99th percentile of TPOT (s)"),
-    )
+    """Mean latency, p99 TTFT and p99 TPOT against load, a row for each case; bands are 95 % intervals.
+
+    Panels are cut at `CUT` times the best scheduler's value.
+    """
     with matplotlib.rc_context(_STYLE):
         rows = len(suite.cases)
         figure = Figure(figsize=(11.0, 0.4 + 3.1 * rows), layout="constrained")
-        grid = figure.subplots(rows, len(panels), squeeze=False)
+        grid = figure.subplots(rows, len(_PANELS), squeeze=False)
         looks = _looks(suite)
         for axes, (workload, profile) in zip(grid, suite.cases, strict=True):
             case = summary.query("workload == @workload and profile == @profile")
-            for ax, (metric, label) in zip(axes, panels, strict=True):
+            for ax, (metric, (label, scale)) in zip(axes, _PANELS.items(), strict=True):
                 for name, look in looks.items():
                     line = case[case["scheduler"] == name].sort_values("load")
-                    x, y, half = (line[c].to_numpy() for c in ("load", metric, f"{metric}_ci"))
+                    x, y, half = line["load"], scale * line[metric], scale * line[f"{metric}_ci"]
                     ax.plot(x, y, **look)
-                    if look["label"] and not np.isnan(half).all():
+                    if look["label"]:
                         # A band that reaches below zero has no place on a logarithmic axis.
                         low = np.maximum(y - half, y / 10)
                         ax.fill_between(x, low, y + half, color=look["color"], alpha=0.15, linewidth=0)
                 ax.set_yscale("log")
+                ax.set_ylim(top=min(ax.get_ylim()[1], CUT * scale * case.groupby("load")[metric].min().max()))
+                _plain_ticks(ax.yaxis)
                 ax.set_xlabel("offered load (share of capacity)")
                 ax.set_ylabel(label)
             axes[0].set_title(f"{workload} on {profile}", loc="left")
@@ -79,38 +92,44 @@ def latency(suite: Suite, summary: pd.DataFrame, path: Path) -> None:
 
 
 def frontier(suite: Suite, summary: pd.DataFrame, path: Path) -> None:
-    """p99 TTFT against p99 TPOT of each scheduler at the suite's table load; the line joins the best."""
+    """p99 TTFT against p99 TPOT of each scheduler at the suite's table load; the line joins the best.
+
+    Schedulers beyond `CUT` times the best are named below the picture.
+    """
+    (ttft, (ttft_label, _)), (tpot, (tpot_label, ms)) = list(_PANELS.items())[1:]
     with matplotlib.rc_context(_STYLE):
         columns = min(len(suite.cases), 2)
         rows = -(-len(suite.cases) // columns)
-        figure = Figure(figsize=(2.0 + 4.6 * columns, 0.4 + 3.6 * rows), layout="constrained")
+        figure = Figure(figsize=(2.0 + 4.6 * columns, 0.4 + 3.8 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         for ax in grid[len(suite.cases) :]:
             ax.set_visible(False)
+        looks = _looks(suite)
         for ax, (workload, profile) in zip(grid, suite.cases, strict=False):
             case = summary.query(
                 "workload == @workload and profile == @profile and load == @suite.table_load"
             )
-            case = case.set_index("scheduler").dropna(subset=["tpot_p99", "ttft_p99"])
-            points = []
-            for name, look in _looks(suite).items():
-                if name not in case.index:
-                    continue
-                row = case.loc[name]
-                x, y = 1000 * row["tpot_p99"], row["ttft_p99"]
-                bars = {"xerr": 1000 * row["tpot_p99_ci"], "yerr": row["ttft_p99_ci"]}
-                # A bar to below zero has no place on a logarithmic axis.
-                bars = {k: [[min(v, 0.9 * p)], [v]] for (k, v), p in zip(bars.items(), (x, y), strict=True)}
-                ax.errorbar(x, y, **(look | bars), elinewidth=0.7, linestyle="none")
-                points.append((x, y))
-            best = pareto(points)
-            if len(best) > 1:
-                ax.step(*zip(*best, strict=True), where="post", color=OTHERS, linewidth=1.0, zorder=0)
+            case = case.set_index("scheduler").dropna(subset=[tpot, ttft])
+            beyond = case.index[(case[ttft] > CUT * case[ttft].min()) | (case[tpot] > CUT * case[tpot].min())]
+            for name, look in looks.items():
+                if name in case.index and name not in beyond:
+                    row = case.loc[name]
+                    bars = {"xerr": ms * row[f"{tpot}_ci"], "yerr": row[f"{ttft}_ci"]}
+                    ax.errorbar(ms * row[tpot], row[ttft], **(look | bars), elinewidth=0.8, linestyle="none")
+            near = case.drop(index=beyond)
+            best = pareto(list(zip(ms * near[tpot], near[ttft], strict=True)))
+            ax.step(*zip(*best, strict=True), where="post", color=OTHERS, linewidth=1.0, zorder=0)
             ax.set_xscale("log")
             ax.set_yscale("log")
-            ax.set_xlabel("99th percentile of TPOT (ms)")
-            ax.set_ylabel("99th percentile of TTFT (s)")
+            _plain_ticks(ax.xaxis)
+            _plain_ticks(ax.yaxis)
+            ax.set_xlabel(tpot_label)
+            ax.set_ylabel(ttft_label)
             ax.set_title(f"{workload} on {profile}, load {suite.table_load:g}", loc="left")
+            if len(beyond):
+                away = [f"{n} ({ms * case[tpot][n]:,.0f} ms, {case[ttft][n]:,.0f} s)" for n in beyond]
+                note = "Outside: " + ", ".join(away)
+                ax.text(0, -0.17, textwrap.fill(note, 80), transform=ax.transAxes, va="top", fontsize=7)
         _legend(figure, grid[0])
         figure.savefig(path)
 
@@ -137,16 +156,16 @@ def profile(profile: Profile, path: Path) -> None:
                 size = batch[batch * context <= profile.kv_tokens]
             zero = np.zeros_like(size)
             seconds = profile.time(zero, zero, zero, zero, size, size * context)
-            decode.plot(size, 1000 * seconds, color=colour, label=f"{context:,} tokens each")
+            decode.plot(size, 1000 * seconds, color=colour, label=f"{context:,} tokens of context")
         decode.set_xlabel("requests that decode")
-        decode.set_title("decode, by context length", loc="left")
+        decode.set_title("decode, until the KV cache is full", loc="left")
 
         tokens = np.unique(np.round(np.geomspace(16, 8192, 160)))
         for cached, colour in zip((0, 4096, 16384), COLOURS, strict=False):
             zero, one = np.zeros_like(tokens), np.ones_like(tokens)
             context = tokens * (cached + tokens / 2)
             seconds = profile.time(tokens, one, context, cached * one, zero, zero)
-            prefill.plot(tokens, 1000 * seconds, color=colour, label=f"{cached:,} tokens cached")
+            prefill.plot(tokens, 1000 * seconds, color=colour, label=f"{cached:,} tokens cached before")
         prefill.set_xlabel("prompt tokens in one chunk")
         prefill.set_title("prefill of one request", loc="left")
 
@@ -171,6 +190,14 @@ def _looks(suite: Suite) -> dict[str, dict[str, Any]]:
     for i, name in enumerate(named):
         looks[name] = {"color": COLOURS[i], "marker": MARKERS[i], "zorder": 2, "label": name}
     return looks
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Numbers such as 0.2, 5 and 100 at 1, 2 and 5 of each decade of a logarithmic axis, more if it is short."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Figure, ax: Axes) -> None:
