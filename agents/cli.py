@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llmsched_env.errors import InputError, unknown
-
 if TYPE_CHECKING:
     from llmsched_env import EngineConfig
     from llmsched_env.simulation import Result
@@ -23,6 +21,7 @@ app = typer.Typer(
     name="llmsched",
     help="Scheduling of LLM inference: simulate engines, compare schedulers.",
     add_completion=False,
+    pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
@@ -32,22 +31,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     one line on the standard error stream), 130 (interrupted)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        return app(arguments, prog_name="llmsched", standalone_mode=False) or 0
-    except InputError as error:
-        return _complain(str(error))
+        code = app(arguments, prog_name="llmsched", standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stderr.close()
-        return 1
+        code = 1
     except OSError as error:
         return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        return 130
     except Exception as error:
-        # What click raises for wrong usage, of which typer has a copy of its own in some versions.
+        from llmsched_env.errors import InputError
+
+        if isinstance(error, InputError):
+            return _complain(str(error))
+        # What click raises for wrong usage; some versions of typer have a copy of click.
         if hasattr(error, "format_message"):
             return _complain(error.format_message())
         raise
+    if code == 130:
+        print("interrupted", file=sys.stderr)
+    return code
 
 
 def _complain(message: str) -> int:
@@ -66,6 +69,8 @@ def list_(
     ] = None,
 ) -> None:
     """List what there is by name."""
+    from llmsched_env.errors import unknown
+
     kinds = {"schedulers": _schedulers, "workloads": _workloads, "profiles": _profiles}
     if what is not None and what not in kinds:
         raise unknown("list", what, kinds)
@@ -93,7 +98,7 @@ def _profiles() -> Iterator[tuple[str, ...]]:
 
     for name in profiles.names():
         profile = profiles.get(name)
-        yield name, profile.provenance
+        yield name, f"{profile.form}: {profile.model} on {profile.gpus} x {profile.gpu}"
 
 
 # -- profiles
@@ -126,6 +131,7 @@ def show_profile(
     """Show a cost profile, and plot iteration time over load."""
     from baselines import plots
     from llmsched_env import profiles
+    from llmsched_env.errors import InputError
     from llmsched_env.files import require_writable_file, writing
 
     profile = profiles.get(name)
@@ -195,6 +201,7 @@ def simulate(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
 ) -> None:
     """Run requests through an engine under a scheduler and print the metrics."""
+    from llmsched_env import InputError
     from llmsched_env import simulate as run
     from llmsched_env.files import require_writable_file
 
@@ -241,7 +248,7 @@ def _source(
     seed: int,
 ) -> Any:
     """The workload or trace that the options name."""
-    from llmsched_env import workloads
+    from llmsched_env import InputError, workloads
 
     if (workload is None) == (trace is None):
         raise InputError("give either --workload NAME or --trace FILE" + (", not both" if workload else ""))
@@ -262,7 +269,7 @@ def _policy_and_engine(
 ) -> tuple[Any, EngineConfig]:
     """The scheduler and the engine with their settings; a KEY is the engine's if the engine has it."""
     import baselines
-    from llmsched_env import EngineConfig
+    from llmsched_env import EngineConfig, InputError
 
     fields = {field.name for field in dataclasses.fields(EngineConfig)}
     for_engine: dict[str, Any] = {}

@@ -241,9 +241,16 @@ def summarise(outcome: Outcome) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-# Student's t, 97.5 %, for 1 to 10 degrees of freedom; beyond, an expansion about the normal.
+# Student's t, 97.5 %, for 1 to 10 degrees of freedom.
 _T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-_Z = 1.959964
+
+
+def _student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t; beyond the table its expansion about the normal, good to 1e-4."""
+    if freedom <= len(_T):
+        return _T[freedom - 1]
+    z = 1.959964
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 def interval(values: Iterable[float]) -> tuple[float, float]:
@@ -254,7 +261,7 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
         return math.nan, math.nan
     if n == 1:
         return float(x[0]), math.nan
-    t = _T[n - 2] if n - 2 < len(_T) else _Z + (_Z**3 + _Z) / (4 * (n - 1))
+    t = _student(n - 1)
     return float(x.mean()), float(t * x.std(ddof=1) / math.sqrt(n))
 
 
@@ -284,7 +291,9 @@ def tables(outcome: Outcome, summary: pd.DataFrame) -> list[Table]:
             "GPU-s per 1k tokens",
         ):
             view.add_column(heading, justify="right")
-        for _, row in rows.sort_values("latency_mean", na_position="last").iterrows():
+        if "latency_mean" in rows:
+            rows = rows.sort_values("latency_mean", na_position="last")
+        for _, row in rows.iterrows():
             if row["seeds"] == 0:
                 view.add_row(row["scheduler"], "failed")
                 continue

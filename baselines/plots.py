@@ -193,7 +193,7 @@ def _looks(suite: Suite) -> dict[str, dict[str, Any]]:
 
 
 def _plain_ticks(axis: Axis) -> None:
-    """Numbers such as 0.2, 5 and 100 at 1, 2 and 5 of each decade of a logarithmic axis, more if it is short."""
+    """Numbers such as 0.2, 5 and 100 at 1, 2 and 5 of each decade of a logarithmic axis; more if short."""
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 8 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

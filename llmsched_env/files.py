@@ -37,7 +37,7 @@ def require_writable_folder(path: str | Path) -> None:
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     if not existing.is_dir():
-        raise InputError(f"cannot write into {path}: {existing} is not a folder")
+        raise InputError(f"cannot write {path}: {existing} is not a folder")
     _require_writable(existing, path)
 
 
@@ -51,7 +51,7 @@ def _require_writable(folder: Path, path: Path) -> None:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
-    """A path to write to: it takes the place of `path` when the block ends well, and goes when it does not."""
+    """A path to write to: it takes the place of `path` when the block ends well, else it goes."""
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
