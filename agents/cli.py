@@ -194,6 +194,14 @@ def simulate(
             "--set", metavar="KEY=VALUE", help="a setting of the scheduler or of the engine; repeatable"
         ),
     ] = None,
+    workload_settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--workload-set",
+            metavar="KEY=VALUE",
+            help="an option of the workload or the trace, such as arrivals=gamma:3 or max_total=8192; repeatable",
+        ),
+    ] = None,
     ttft_target: Annotated[float | None, typer.Option(help="seconds, for goodput")] = None,
     tpot_target: Annotated[float | None, typer.Option(help="seconds, for goodput")] = None,
     requests_csv: Annotated[Path | None, typer.Option(help="write a row per request")] = None,
@@ -214,8 +222,13 @@ def simulate(
         and requests_csv.resolve() == iterations_csv.resolve()
     ):
         raise InputError(f"--requests-csv and --iterations-csv are both {requests_csv}; name two files")
-    source = _source(workload, trace, num_requests, load, rate, seed)
-    policy, engine = _policy_and_engine(scheduler, settings or [], kv_tokens, block_size)
+    options = {"num_requests": num_requests, "load": load, "rate": rate}
+    given = {key: value for key, value in options.items() if value is not None}
+    extra = {key: _value(value) for key, value in _pairs("--workload-set", workload_settings)}
+    for key in given.keys() & extra.keys():
+        raise InputError(f"--workload-set gives {key}, which has an option of its own; give one of them")
+    source = _source(workload, trace, seed, {**given, **extra})
+    policy, engine = _policy_and_engine(scheduler, _pairs("--set", settings), kv_tokens, block_size)
     engine = engine.replace(
         **{k: v for k, v in (("token_budget", token_budget), ("max_num_seqs", max_num_seqs)) if v is not None}
     )
@@ -239,66 +252,61 @@ def simulate(
         _print_metrics(head, metrics)
 
 
-def _source(
-    workload: str | None,
-    trace: Path | None,
-    num_requests: int | None,
-    load: float | None,
-    rate: float | None,
-    seed: int,
-) -> Any:
+def _source(workload: str | None, trace: Path | None, seed: int, options: dict[str, Any]) -> Any:
     """The workload or trace that the options name."""
     from llmsched_env import InputError, workloads
 
     if (workload is None) == (trace is None):
         raise InputError("give either --workload NAME or --trace FILE" + (", not both" if workload else ""))
-    if load is not None and rate is not None:
+    if {"load", "rate"} <= options.keys():
         raise InputError("give either --load or --rate, not both")
     if seed < 0:
         raise InputError(f"--seed must not be negative, not {seed}")
-    options = {"num_requests": num_requests, "load": load, "rate": rate}
-    options = {k: v for k, v in options.items() if v is not None}
     if trace is not None:
-        return workloads.trace(trace, **options)
+        return workloads.trace(trace, seed=seed, **options)
     assert workload is not None
     return workloads.get(workload, seed=seed, **options)
 
 
+def _pairs(option: str, items: list[str] | None) -> list[tuple[str, str]]:
+    """KEY=VALUE items, each key once."""
+    from llmsched_env import InputError
+
+    pairs: dict[str, str] = {}
+    for item in items or []:
+        key, equals, value = item.partition("=")
+        key = key.strip().replace("-", "_")
+        if not (equals and key):
+            raise InputError(f"{option} takes KEY=VALUE, not {item!r}")
+        if key in pairs:
+            raise InputError(f"{option} gives {key} twice")
+        pairs[key] = value
+    return list(pairs.items())
+
+
 def _policy_and_engine(
-    scheduler: str, settings: list[str], kv_tokens: int | None, block_size: int
+    scheduler: str, settings: list[tuple[str, str]], kv_tokens: int | None, block_size: int
 ) -> tuple[Any, EngineConfig]:
     """The scheduler and the engine with their settings; a KEY is the engine's if the engine has it."""
     import baselines
     from llmsched_env import EngineConfig, InputError
 
     fields = {field.name for field in dataclasses.fields(EngineConfig)}
-    for_engine: dict[str, Any] = {}
-    for_scheduler: dict[str, str] = {}
-    for item in settings:
-        key, equals, value = item.partition("=")
-        key = key.strip().replace("-", "_")
-        if not (equals and key):
-            raise InputError(f"--set takes KEY=VALUE, not {item!r}")
-        if key in for_engine or key in for_scheduler:
-            raise InputError(f"--set gives {key} twice")
-        if key in fields:
-            for_engine[key] = _value(value)
-        else:
-            for_scheduler[key] = value
+    for_engine = {key: _value(value) for key, value in settings if key in fields}
+    for_scheduler = {key: value for key, value in settings if key not in fields}
+    block_size = for_engine.setdefault("block_size", block_size)
     if kv_tokens is not None:
         if "kv_blocks" in for_engine:
             raise InputError("give either --kv-tokens or --set kv_blocks=, not both")
-        size = for_engine.get("block_size", block_size)
-        if isinstance(size, int) and size > 0:
-            for_engine["kv_blocks"] = kv_tokens // size
-            if kv_tokens < size:
-                raise InputError(f"--kv-tokens {kv_tokens} is less than one block of {size} tokens")
-    for_engine.setdefault("block_size", block_size)
+        EngineConfig(block_size=block_size)  # complains of a size that is none
+        if kv_tokens < block_size:
+            raise InputError(f"--kv-tokens {kv_tokens} is less than one block of {block_size} tokens")
+        for_engine["kv_blocks"] = kv_tokens // block_size
     return baselines.get(scheduler, **for_scheduler), EngineConfig(**for_engine)
 
 
 def _value(text: str) -> Any:
-    """A setting's value: a number, true, false or none, else the text itself."""
+    """A setting's value: true, false, none, a number or several with commas between, else the text itself."""
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
@@ -307,7 +315,8 @@ def _value(text: str) -> Any:
             return kind(text)
         except ValueError:
             pass
-    return text
+    parts = tuple(_value(part) for part in text.split(",")) if "," in text else ()
+    return parts if parts and not any(isinstance(part, str) for part in parts) else text
 
 
 def _write_requests(result: Result, path: Path) -> None:

@@ -246,7 +246,7 @@ _T = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2
 
 
 def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t; beyond the table its expansion about the normal, good to 1e-4."""
+    """The 97.5 % quantile of Student's t; beyond the table its expansion about the normal, good to 0.02 %."""
     if freedom <= len(_T):
         return _T[freedom - 1]
     z = 1.959964

@@ -101,6 +101,15 @@ def test_settings_reach_the_run(trace: Path, capsys: pytest.CaptureFixture[str])
     assert got["iterations"] == result.iterations_total
 
 
+def test_workload_options(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["simulate", "--trace", str(trace), *WHO, "--json"]
+    assert main([*arguments, "--workload-set", "window=0.5,2", "--workload-set", "max_prompt=60"]) == 0
+    got = json.loads(capsys.readouterr().out)
+    result = simulate(workloads.trace(trace, window=(0.5, 2), max_prompt=60), baselines.get("sarathi"))
+    assert got["requests"] == 2
+    assert got["makespan_s"] == result.makespan_s
+
+
 def test_simulate_prints_a_table(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", "--trace", str(trace), *WHO, "--ttft-target", "1"]) == 0
     out = capsys.readouterr().out
@@ -162,6 +171,9 @@ BAD = {
     "KV twice": (["--kv-tokens", "1600", "--set", "kv_blocks=100"], "not both"),
     "trace and workload": (["--workload", "azure-conv"], "not both"),
     "load and rate": (["--load", "0.5", "--rate", "2"], "not both"),
+    "workload option that there is not": (["--workload-set", "jiter_s=1"], "jitter_s"),
+    "workload option twice": (["--num-requests", "1", "--workload-set", "num_requests=2"], "num_requests"),
+    "workload option of a wrong type": (["--workload-set", "window=1"], "window"),
     "negative load": (["--load", "-0.5"], "load"),
     "nan load": (["--load", "nan"], "load"),
     "no requests": (["--num-requests", "0"], "num_requests"),
