@@ -1,0 +1,60 @@
+"""Columns of numbers from a CSV file, with errors that name the line."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmsched_env.errors import InputError, unknown
+
+
+def read(
+    path: str | Path, required: Sequence[str], optional: Mapping[str, float]
+) -> tuple[dict[str, NDArray[np.float64]], list[int]]:
+    """The named columns of a CSV (or CSV.gz) file of numbers, and the line of each row; other columns are refused.
+
+    Args:
+        required: columns that have to be there.
+        optional: columns that may be missing, and their value then.
+
+    Raises:
+        InputError: a missing or unknown column, or a cell that is no finite number of at least 0, with its line.
+    """
+    path = Path(path)
+    try:
+        with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="", encoding="utf-8-sig") as file:
+            rows = csv.reader(file)
+            header = [cell.strip() for cell in next(rows, [])]
+            body = [(rows.line_num, row) for row in rows if any(cell.strip() for cell in row)]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    for name in header:
+        if name not in required and name not in optional:
+            raise unknown(f"column in {path}", name, [*required, *optional])
+    for name in required:
+        if name not in header:
+            raise InputError(f"{path} lacks the column {name}; needed: {', '.join(required)}")
+    if len(set(header)) < len(header):
+        raise InputError(f"{path} names a column twice: {', '.join(header)}")
+    if not body:
+        raise InputError(f"{path} has no rows below its header")
+    columns = {name: np.full(len(body), value) for name, value in optional.items()}
+    columns.update({name: np.empty(len(body)) for name in header})
+    for i, (line, row) in enumerate(body):
+        if len(row) != len(header):
+            raise InputError(f"{path} line {line}: {len(row)} cells, but {len(header)} columns")
+        for name, cell in zip(header, row, strict=True):
+            try:
+                value = float(cell)
+            except ValueError:
+                value = math.nan
+            if not 0 <= value < math.inf:
+                raise InputError(f"{path} line {line}: {name} is {cell.strip()!r}; it must be a number of at least 0")
+            columns[name][i] = value
+    return columns, [line for line, _ in body]
