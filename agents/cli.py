@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0, 1 (some runs of a benchmark failed), 2 (bad input:
     one line on the standard error stream), 130 (interrupted)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    warnings.showwarning = lambda message, *_: print("warning:", message, file=sys.stderr)
     try:
         code = app(arguments, prog_name="llmsched", standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
@@ -140,6 +142,7 @@ def show_profile(
         raise InputError(f"--output {path} must end in .png")
     require_writable_file(path)
     _print_table(profile.name, ("", ""), _describe(profile))
+    _print(profile.provenance)
     with writing(path) as temporary:
         plots.profile(profile, temporary)
     print(f"iteration time over load: {path}")
@@ -157,7 +160,6 @@ def _describe(profile: Any) -> Iterator[tuple[str, ...]]:
     yield "CPU time", f"{profile.cpu_s:g} s an iteration, {profile.cpu_s_per_request:g} s a request in it"
     for key, value in profile.fit.items():
         yield f"fit: {key}", f"{value:g}" if isinstance(value, (int, float)) else str(value)
-    yield "provenance", profile.provenance
     for label, batch in (
         ("1 decode, 1,024 tokens each", (0, 0, 0, 0, 1, 1024)),
         ("64 decodes, 1,024 tokens each", (0, 0, 0, 0, 64, 64 * 1024)),
@@ -191,7 +193,9 @@ def simulate(
     settings: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="a setting of the scheduler or of the engine; repeatable"
+            "--set",
+            metavar="KEY=VALUE",
+            help="a setting of the scheduler or of the engine; may be given several times",
         ),
     ] = None,
     workload_settings: Annotated[
@@ -199,7 +203,7 @@ def simulate(
         typer.Option(
             "--workload-set",
             metavar="KEY=VALUE",
-            help="an option of the workload or the trace, such as arrivals=gamma:3 or max_total=8192; repeatable",
+            help="an option of the workload or the trace, such as arrivals=gamma:3; may be given several times",
         ),
     ] = None,
     ttft_target: Annotated[float | None, typer.Option(help="seconds, for goodput")] = None,
@@ -254,7 +258,8 @@ def simulate(
 
 def _source(workload: str | None, trace: Path | None, seed: int, options: dict[str, Any]) -> Any:
     """The workload or trace that the options name."""
-    from llmsched_env import InputError, workloads
+    from llmsched_env import workloads
+    from llmsched_env.errors import InputError, unknown
 
     if (workload is None) == (trace is None):
         raise InputError("give either --workload NAME or --trace FILE" + (", not both" if workload else ""))
@@ -263,6 +268,9 @@ def _source(workload: str | None, trace: Path | None, seed: int, options: dict[s
     if seed < 0:
         raise InputError(f"--seed must not be negative, not {seed}")
     if trace is not None:
+        known = {**workloads.trace.__kwdefaults__, **workloads.traces.read.__kwdefaults__}
+        for key in options.keys() - known.keys():
+            raise unknown("trace option", key, known)
         return workloads.trace(trace, seed=seed, **options)
     assert workload is not None
     return workloads.get(workload, seed=seed, **options)
@@ -306,7 +314,7 @@ def _policy_and_engine(
 
 
 def _value(text: str) -> Any:
-    """A setting's value: true, false, none, a number or several with commas between, else the text itself."""
+    """A setting's value: true, false, none, a number, numbers with commas between, or text."""
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
@@ -385,7 +393,7 @@ def bench(
     summary = bench.summarise(outcome)
     written = bench.save(outcome, summary, folder)
     for table in bench.tables(outcome, summary):
-        _console().print(table)
+        _print(table)
     for path in written:
         print(f"wrote {path}")
     if outcome.failures:
@@ -412,12 +420,17 @@ def _progress(total: int) -> Iterator[Any]:
 # ------------------------------------------------------------------------------------------------------
 
 
-def _console() -> Any:
-    """The terminal; or, for a file or a pipe, lines as long as they need to be."""
+def _print(what: Any) -> None:
+    """Print something of rich's: on a terminal in its width, else in lines as long as they need to be."""
     from rich.console import Console
 
     console = Console()
-    return console if console.is_terminal else Console(width=200)
+    if not console.is_terminal:
+        console = Console(width=200)
+    with console.capture() as capture:
+        console.print(what)
+    for line in capture.get().splitlines():
+        print(line.rstrip())
 
 
 def _print_table(title: str, columns: Sequence[str], rows: Any) -> None:
@@ -431,4 +444,4 @@ def _print_table(title: str, columns: Sequence[str], rows: Any) -> None:
         table.add_column(column, no_wrap=i == 0, justify="left")
     for row in rows:
         table.add_row(*map(escape, row))
-    _console().print(table)
+    _print(table)

@@ -149,7 +149,7 @@ def profile(profile: Profile, path: Path) -> None:
         figure = Figure(figsize=(9.0, 3.4), layout="constrained")
         decode, prefill = figure.subplots(1, 2)
 
-        batch = np.unique(np.round(np.geomspace(1, 512, 120)))
+        batch = np.arange(1.0, 513.0)
         for context, colour in zip((256, 1024, 4096, 16384), COLOURS, strict=False):
             size = batch
             if profile.kv_tokens is not None:
@@ -160,7 +160,7 @@ def profile(profile: Profile, path: Path) -> None:
         decode.set_xlabel("requests that decode")
         decode.set_title("decode, until the KV cache is full", loc="left")
 
-        tokens = np.unique(np.round(np.geomspace(16, 8192, 160)))
+        tokens = np.arange(1.0, 8193.0)
         for cached, colour in zip((0, 4096, 16384), COLOURS, strict=False):
             zero, one = np.zeros_like(tokens), np.ones_like(tokens)
             context = tokens * (cached + tokens / 2)
