@@ -203,7 +203,7 @@ def simulate(
         typer.Option(
             "--workload-set",
             metavar="KEY=VALUE",
-            help="an option of the workload or the trace, such as arrivals=gamma:3; may be given several times",
+            help="an option of the workload or the trace, such as arrivals=gamma:3; repeatable",
         ),
     ] = None,
     ttft_target: Annotated[float | None, typer.Option(help="seconds, for goodput")] = None,
@@ -227,7 +227,7 @@ def simulate(
     ):
         raise InputError(f"--requests-csv and --iterations-csv are both {requests_csv}; name two files")
     options = {"num_requests": num_requests, "load": load, "rate": rate}
-    given = {key: value for key, value in options.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     extra = {key: _value(value) for key, value in _pairs("--workload-set", workload_settings)}
     for key in given.keys() & extra.keys():
         raise InputError(f"--workload-set gives {key}, which has an option of its own; give one of them")
@@ -271,9 +271,17 @@ def _source(workload: str | None, trace: Path | None, seed: int, options: dict[s
         known = {**workloads.trace.__kwdefaults__, **workloads.traces.read.__kwdefaults__}
         for key in options.keys() - known.keys():
             raise unknown("trace option", key, known)
-        return workloads.trace(trace, seed=seed, **options)
-    assert workload is not None
-    return workloads.get(workload, seed=seed, **options)
+    try:
+        if trace is not None:
+            return workloads.trace(trace, seed=seed, **options)
+        return workloads.get(str(workload), seed=seed, **options)
+    except InputError:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in options.items())
+        raise InputError(
+            f"an option of the workload has a value of the wrong kind: {given} ({error})"
+        ) from error
 
 
 def _pairs(option: str, items: list[str] | None) -> list[tuple[str, str]]:

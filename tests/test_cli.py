@@ -176,7 +176,7 @@ BAD = {
     "workload option of a wrong type": (["--workload-set", "window=1"], "window"),
     "negative load": (["--load", "-0.5"], "load"),
     "nan load": (["--load", "nan"], "load"),
-    "no requests": (["--num-requests", "0"], "num_requests"),
+    "no requests": (["--num-requests", "0"], "number of requests"),
     "negative seed": (["--seed", "-1"], "seed"),
     "not a number": (["--seed", "x"], "seed"),
     "unknown option": (["--sede", "1"], "--sede"),
@@ -212,12 +212,12 @@ def test_bad_options(
 
 BAD_TRACES = {
     "empty": ("", ""),
-    "no rows": ("arrival_s,prompt_tokens,output_tokens\n", "no requests"),
+    "no rows": ("arrival_s,prompt_tokens,output_tokens\n", "no usable rows"),
     "missing column": ("arrival_s,prompt_tokens\n0,1\n", "output_tokens"),
     "no number": (GOOD + "x,1,1\n", ""),
     "nan": (GOOD + "nan,1,1\n", ""),
     "infinite": (GOOD + "inf,1,1\n", ""),
-    "negative time": ("arrival_s,prompt_tokens,output_tokens\n-1,1,1\n", "negative"),
+    "negative time": ("arrival_s,prompt_tokens,output_tokens\n-1,1,1\n", "not a time from 0"),
     "unsorted": (GOOD + "5,1,1\n4,1,1\n", "sort"),
     "no prompt": (GOOD + "1,0,1\n", "prompt_tokens"),
     "negative prompt": (GOOD + "1,-5,1\n", "prompt_tokens"),
