@@ -27,11 +27,11 @@ def njit(function: F) -> F: ...
 @overload
 def njit(**options: Any) -> Callable[[F], F]: ...
 def njit(function: F | None = None, **options: Any) -> F | Callable[[F], F]:
-    """`numba.njit` with the package's settings: nogil, IEEE division, no fastmath (results are reproducible bit for bit),
-    and a cache on disk. Takes the options of `numba.njit`; `cache=False` leaves the disk alone.
+    """`numba.njit` with the package's settings: nogil, IEEE division, no fastmath (results are the same bit
+    for bit), and a cache on disk. Takes the options of `numba.njit`; `cache=False` leaves the disk alone.
 
-    numba stamps a cached function with its own file only and so misses a change in a callee of another file. Hence the
-    cache lies in a folder named by a hash of the whole package: see `cache_dir`.
+    numba stamps a cached function with its own file only and so misses a change in a callee of another file.
+    Hence the cache lies in a folder named by a hash of the whole package: see `cache_dir`.
     """
     options = {"nogil": True, "error_model": "numpy", "cache": True, **options}
 
@@ -50,8 +50,8 @@ def njit(function: F | None = None, **options: Any) -> F | Callable[[F], F]:
 def cache_dir() -> Path:
     """The folder of the compiled functions of this version of the package.
 
-    Below $NUMBA_CACHE_DIR if that is set, else below the user's cache folder, else (not writable) below the folder for
-    temporary files. The installed package itself may be read-only.
+    Below $NUMBA_CACHE_DIR if that is set, else below the user's cache folder, else (not writable) below the
+    folder for temporary files. The installed package itself may be read-only.
     """
     root = Path(_numba.CACHE_DIR, "llmsched_env") if _numba.CACHE_DIR else _user_root()
     if not _writable(root):
@@ -68,7 +68,7 @@ def cache_dir() -> Path:
 
 
 def _fingerprint() -> str:
-    """Names the compiled sources of the package, which all lie in `core` and `scheduling`, and the compiler."""
+    """Names the compiled sources of the package, all in `core` and `scheduling`, and the compiler."""
     digest = hashlib.sha256()
     for part in (numba.__version__, platform.python_implementation(), sys.version, platform.machine()):
         digest.update(part.encode() + b"\0")
@@ -103,7 +103,9 @@ def _writable(folder: Path) -> bool:
 def _prune(root: Path) -> None:
     """Removes the least recently used caches of other versions."""
     try:
-        folders = sorted((p for p in root.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True)
+        folders = sorted(
+            (p for p in root.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime, reverse=True
+        )
     except OSError:
         return
     for folder in folders[_KEPT:]:

@@ -9,23 +9,25 @@ A batch is described by six numbers, in this order everywhere:
     D    decodes (requests that generate one token each)
     KV   decode context: the sum over decodes of the tokens read, the new one included
 
-A cost model is packed in one float64 vector, so that every form runs in the same compiled loop. The functions take it as an array
-or, 20 ns faster a call, as a `core.span.Span`:
+A cost model is packed in one float64 vector, so that every form runs in the same compiled loop. The
+functions take it as an array or, 20 ns faster a call, as a span (`core.span`):
 
     cost[0]  form, one of the constants below
     cost[1]  CPU seconds per iteration
     cost[2]  CPU seconds per request in the batch
     cost[3:] the form's parameters, in the order of `PARAMETERS`
 
-`llmsched_env.profiles.Profile.pack` writes such vectors. The forms, with b = P + D tokens in the batch, in seconds:
+`llmsched_env.profiles.Profile.pack` writes such vectors. The forms, in seconds, with b = P + D tokens in the
+batch:
 
     hinge      h0 + max(h1, h2*b) + h3*KV + h4*CX + h5*D
     linear     c0 + c1*P + c2*D + c3*KV + c4*CX
     staircase  c + a*ceil(b/b0)                      Dai, Deng, Li, Peng, arXiv 2504.07347v3
     piecewise  c + a*max(0, b - b0)                  the same paper, v1 and v2
-    infermax   layers * (other + decode + prefill)   Kim et al., arXiv 2411.07447; milliseconds per layer, see `_infermax`
-    roofline   t0 + max(weights, token*b) + max(head_weights, head_token*(NP+D)) + max(attention*CX, kv_prefill*(KP+P))
-               + kv_decode*KV + communication*b      one maximum of compute and memory time for each kind of operator
+    infermax   layers * (other + decode + prefill)   Kim et al., arXiv 2411.07447; see `_infermax`
+    roofline   t0 + max(weights, token*b) + max(head_weights, head_token*(NP+D))
+               + max(attention*CX, kv_prefill*(KP+P)) + kv_decode*KV + communication*b
+               one maximum of compute and memory time for each kind of operator
     table      interpolated measurements, see `_table`
     custom     a compiled function of the user: f(P, NP, CX, KP, D, KV), all float64, -> seconds
 
@@ -82,7 +84,9 @@ PARAMETERS: dict[str, tuple[str, ...]] = {
 
 
 @njit
-def batch_time(cost: NDArray[np.float64], P: float, NP: float, CX: float, KP: float, D: float, KV: float) -> float:
+def batch_time(
+    cost: NDArray[np.float64], P: float, NP: float, CX: float, KP: float, D: float, KV: float
+) -> float:
     """Seconds that the batch takes under the packed cost model; 0 for an empty batch.
 
     The features are float64 or int64, see the top of this module.
@@ -116,9 +120,11 @@ def decode_line(cost: NDArray[np.float64], D: float) -> tuple[float, float]:
 
 
 @njit
-def batch_times(cost: NDArray[np.float64], features: NDArray[np.float64], seconds: NDArray[np.float64]) -> None:
+def batch_times(
+    cost: NDArray[np.float64], features: NDArray[np.float64], seconds: NDArray[np.float64]
+) -> None:
     """`batch_time` of many batches: features float64 (n, 6), the result into seconds float64 (n,)."""
-    packed = span(cost)
+    packed: Any = span(cost)  # type: ignore[call-arg]
     for i in range(len(seconds)):
         P, NP, CX = features[i, 0], features[i, 1], features[i, 2]
         KP, D, KV = features[i, 3], features[i, 4], features[i, 5]
@@ -146,19 +152,20 @@ def _other_form(
         return cost[3] + dense + head + attention + cost[10] * KV + cost[11] * (P + D)
     if form == TABLE:
         return _table(cost, P, D, KV)
-    return _call(cost[3], P, NP, CX, KP, D, KV)
+    return _call(cost[3], P, NP, CX, KP, D, KV)  # type: ignore[call-arg]
 
 
 @njit
 def _infermax(
     cost: NDArray[np.float64], P: float, NP: float, CX: float, KP: float, D: float, KV: float
 ) -> float:
-    """The per-layer model of INFERMAX (arXiv 2411.07447, the authors' simulator), given in milliseconds per layer.
+    """The per-layer model of INFERMAX (arXiv 2411.07447, the authors' simulator), in milliseconds per layer.
 
-    other   = a_o * b + b_o, at least `floor`            the matrix products; the floor is the time to read the weights,
-                                                         which the published line lacks (floor = 0: as published)
+    other   = a_o * b + b_o, at least `floor`            the matrix products
     decode  = a_d * KV + b_d + s_d * D                   if the batch has decodes
     prefill = a_p * 2 * CX + b_p + s_p * NP + m_p * KP   if it has prefills; 2*CX is their sum of c*c + 2*c*m
+
+    The floor is the time to read the weights, which the published line lacks; 0: as published.
     """
     layer = max(cost[4] * (P + D) + cost[5], cost[13])
     if D > 0:
@@ -170,11 +177,12 @@ def _infermax(
 
 @njit
 def _table(cost: NDArray[np.float64], P: float, D: float, KV: float) -> float:
-    """Multilinear interpolation of measured seconds over prefill tokens x decodes x mean context of a decode (KV/D).
+    """Measured seconds, interpolated linearly over prefill tokens x decodes x mean context of them (KV/D).
 
-    cost[3:7] = sizes of the three axes, least measured time; then the axes and the (n0, n1, n2) times, last axis fastest.
-    Below an axis its first value counts. Beyond its end the last cell goes on linearly (linear layers and attention are
-    linear there, and a refusal would end a long run); the result is never below the least measured time.
+    cost[3:7] = sizes of the three axes and the least measured time; then the axes and the (n0, n1, n2) times,
+    last axis fastest. Below an axis its first value counts. Beyond its end the last cell goes on linearly
+    (matrix products and attention are linear there, and a refusal would end a long run); the result is never
+    below the least measured time.
     """
     n0, n1, n2 = int(cost[3]), int(cost[4]), int(cost[5])
     at = 7
@@ -193,7 +201,7 @@ def _table(cost: NDArray[np.float64], P: float, D: float, KV: float) -> float:
 
 @njit
 def _cell(cost: NDArray[np.float64], at: int, n: int, x: float) -> tuple[int, float]:
-    """The cell of the axis cost[at:at+n] (increasing) that holds x, and the position in it: 0 at its start, 1 at its end."""
+    """The cell of the increasing axis cost[at:at+n] that holds x, and where in it: 0 its start, 1 its end."""
     if n == 1 or x <= cost[at]:
         return 0, 0.0
     low, high = 0, n - 1

@@ -1,4 +1,4 @@
-"""Cost profiles: how long an iteration takes on given GPUs with a given model, and how much KV cache there is.
+"""Cost profiles: how long an iteration takes with a model on GPUs, and how much KV cache there is.
 
 >>> get("a100-llama3-8b").form
 'hinge'

@@ -7,6 +7,7 @@ import gzip
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,19 +17,20 @@ from llmsched_env.errors import InputError, unknown
 
 def read(
     path: str | Path, required: Sequence[str], optional: Mapping[str, float]
-) -> tuple[dict[str, NDArray[np.float64]], list[int]]:
-    """The named columns of a CSV (or CSV.gz) file of numbers, and the line of each row; other columns are refused.
+) -> dict[str, NDArray[np.float64]]:
+    """The named columns of a CSV (or CSV.gz) file of numbers; other columns are refused.
 
     Args:
         required: columns that have to be there.
         optional: columns that may be missing, and their value then.
 
     Raises:
-        InputError: a missing or unknown column, or a cell that is no finite number of at least 0, with its line.
+        InputError: a missing or unknown column; a cell that is no finite number of at least 0, and its line.
     """
     path = Path(path)
     try:
-        with gzip.open(path, "rt", newline="") if path.suffix == ".gz" else path.open(newline="", encoding="utf-8-sig") as file:
+        opened: Any = gzip.open if path.suffix == ".gz" else open
+        with opened(path, "rt", newline="", encoding="utf-8-sig") as file:
             rows = csv.reader(file)
             header = [cell.strip() for cell in next(rows, [])]
             body = [(rows.line_num, row) for row in rows if any(cell.strip() for cell in row)]
@@ -44,7 +46,9 @@ def read(
         raise InputError(f"{path} names a column twice: {', '.join(header)}")
     if not body:
         raise InputError(f"{path} has no rows below its header")
-    columns = {name: np.full(len(body), value) for name, value in optional.items()}
+    columns: dict[str, NDArray[np.float64]] = {
+        name: np.full(len(body), value) for name, value in optional.items()
+    }
     columns.update({name: np.empty(len(body)) for name in header})
     for i, (line, row) in enumerate(body):
         if len(row) != len(header):
@@ -55,6 +59,6 @@ def read(
             except ValueError:
                 value = math.nan
             if not 0 <= value < math.inf:
-                raise InputError(f"{path} line {line}: {name} is {cell.strip()!r}; it must be a number of at least 0")
+                raise InputError(f"{path} line {line}: {name} {cell.strip()!r} is no number of at least 0")
             columns[name][i] = value
-    return columns, [line for line, _ in body]
+    return columns

@@ -41,8 +41,8 @@ class Profile:
         name: for tables and error messages.
         form: hinge, linear, staircase, piecewise, infermax, roofline, table or custom; see `core.cost`.
         params: the form's parameters by name; in seconds and tokens, but for infermax milliseconds per layer.
-        kv_tokens: KV cache in tokens, all GPUs of the engine together; None: unknown, the engine's settings have to say.
-        kv_bytes_per_token: KV cache of a token in bytes, all GPUs together; None: unknown, and swapping takes no time.
+        kv_tokens: KV cache in tokens, all GPUs together; None: unknown, the engine's settings have to say.
+        kv_bytes_per_token: bytes of a token's KV cache, all GPUs together; None: unknown, swaps take no time.
         gpus: how many GPUs the engine spans (tensor parallel).
         gpu, model: what was measured, for people.
         cpu_s: CPU seconds of every iteration, added to the GPU's.
@@ -96,10 +96,12 @@ class Profile:
                 self._require(f"parameter {key}", value, positive=key in _POSITIVE)
         least = self.time([1, 0], [1, 0], [0.5, 0], [0, 0], [0, 1], [0, 1])
         if not (np.isfinite(least) & (least > 0)).all():
-            raise self._error(f"a batch of one token takes {least[0]} s (prefill) or {least[1]} s (decode); it must be positive")
+            raise self._error(
+                f"one token takes {least[0]} s (prefill), {least[1]} s (decode); it must take time"
+            )
 
     def pack(self) -> NDArray[np.float64]:
-        """The float64 vector that `core.cost.batch_time` takes. That of a custom profile is good in this process only."""
+        """The float64 vector of `core.cost.batch_time`; of a custom profile, good in this process only."""
         head = [CODES[self.form], self.cpu_s, self.cpu_s_per_request]
         if self.form == "custom":
             bits = np.array([_address(self.params["function"])], dtype=np.int64).view(np.float64)
@@ -109,7 +111,9 @@ class Profile:
         values = [self.params.get(key, _OPTIONAL.get(key)) for key in PARAMETERS[self.form]]
         return np.array(head + values, dtype=np.float64)
 
-    def time(self, P: ArrayLike, NP: ArrayLike, CX: ArrayLike, KP: ArrayLike, D: ArrayLike, KV: ArrayLike) -> Any:
+    def time(
+        self, P: ArrayLike, NP: ArrayLike, CX: ArrayLike, KP: ArrayLike, D: ArrayLike, KV: ArrayLike
+    ) -> Any:
         """Seconds that batches take; arrays of the six features of `core.cost` are broadcast.
 
         Returns:
@@ -117,7 +121,8 @@ class Profile:
         """
         columns = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in (P, NP, CX, KP, D, KV)))
         seconds = np.empty(columns[0].size)
-        batch_times(self.pack(), np.ascontiguousarray(np.stack([c.ravel() for c in columns], axis=1)), seconds)
+        features = np.stack([column.ravel() for column in columns], axis=1)
+        batch_times(self.pack(), features, seconds)
         return seconds.reshape(columns[0].shape)[()]
 
     def replace(self, **changes: Any) -> Profile:
@@ -128,7 +133,7 @@ class Profile:
     def custom(function: Callable[..., float], kv_tokens: int | None = None, **attributes: Any) -> Profile:
         """A profile from a function of the user: f(P, NP, CX, KP, D, KV) -> seconds, compiled by numba.
 
-        The six features are float64, see `core.cost`. The compiled loop calls the machine code directly, without Python.
+        The six features are float64, see `core.cost`. The compiled loop calls its machine code.
 
         Args:
             function: a Python function, or one that numba.njit compiled.
@@ -143,12 +148,12 @@ class Profile:
 
     @staticmethod
     def from_table(path: str | Path, kv_tokens: int | None = None, **attributes: Any) -> Profile:
-        """A profile from a CSV of iteration times measured on a grid; `core.cost` says how it is interpolated.
+        """A profile from a CSV of iteration times measured on a grid, interpolated: see `core.cost._table`.
 
-        Columns: prefill_tokens, decodes, context (tokens that each decode reads; may be left out) and seconds. Times measured
-        repeatedly at one point give their median. Every combination has to be there, with two exceptions: without decodes
-        any one context will do, and the empty batch (0, 0) may be missing. Prefill context is not a dimension: measure with
-        prompts and chunks like those that you simulate.
+        Columns: prefill_tokens, decodes, context (tokens that each decode reads; may be missing), seconds.
+        Times measured repeatedly at one point give their median. Every combination has to be there, with two
+        exceptions: without decodes any one context will do, and the empty batch (0, 0) may be missing. The
+        context of prefills is no dimension: measure with prompts and chunks like those that you simulate.
 
         Raises:
             InputError: names the column, row or grid point that is missing or wrong.
@@ -158,17 +163,18 @@ class Profile:
 
     def _require(self, what: str, value: Any, positive: bool = False, whole: bool = False) -> None:
         good = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-        good = good and math.isfinite(value) and (value > 0 if positive else value >= 0) and (not whole or value == int(value))
-        if not good:
+        good = good and math.isfinite(value) and (value > 0 if positive else value >= 0)
+        if not good or (whole and value != int(value)):
             kind = "whole number" if whole else "finite number"
-            raise self._error(f"{what} is {value!r}; it must be a {kind} {'above 0' if positive else 'of at least 0'}")
+            limit = "above 0" if positive else "of at least 0"
+            raise self._error(f"{what} is {value!r}; it must be a {kind} {limit}")
 
     def _error(self, problem: str) -> InputError:
         return InputError(f"profile {self.name}: {problem}")
 
 
 def load(path: str | Path) -> Profile:
-    """The profile in a JSON file, as `save` writes it: the attributes of Profile by name; what has a default may be left out.
+    """The profile in a JSON file: the attributes of Profile by name; what has a default may be left out.
 
     Raises:
         InputError: no such file, no JSON, a missing, unknown or impossible value.
@@ -218,16 +224,18 @@ def _compiled(function: Callable[..., float]) -> Any:
     def outer(P: float, NP: float, CX: float, KP: float, D: float, KV: float) -> float:
         return float(inner(P, NP, CX, KP, D, KV))
 
-    return numba.cfunc("float64(float64, float64, float64, float64, float64, float64)", error_model="numpy")(outer)
+    number = numba.types.float64
+    return numba.cfunc(number(*[number] * 6), error_model="numpy")(outer)
 
 
 def _address(function: Any) -> int:
     if not callable(function):
-        raise InputError(f"custom cost model {function!r} is not a function f(P, NP, CX, KP, D, KV) -> seconds")
+        raise InputError(f"custom cost model {function!r} is no function f(P, NP, CX, KP, D, KV) -> seconds")
     try:
         return int(_compiled(function).address)
     except Exception as error:  # numba raises its own, and what the function's constants raise
         name = getattr(function, "__name__", "?")
         lines = [line for line in str(error).splitlines() if line and not line.startswith("Failed in")]
         reason = lines[0] if lines else type(error).__name__
-        raise InputError(f"numba cannot compile the custom cost model {name}(P, NP, CX, KP, D, KV): {reason}") from None
+        call = f"{name}(P, NP, CX, KP, D, KV)"
+        raise InputError(f"numba cannot compile the custom cost model {call}: {reason}") from None

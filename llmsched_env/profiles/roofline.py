@@ -1,7 +1,8 @@
 """Analytic cost profiles: from the shape of a decoder and the datasheet of a GPU, nothing measured.
 
-Each kind of operator takes the larger of its compute time and its memory time (the roofline of Williams, Waterman and Patterson, 2009),
-at given fractions of the GPU's peaks. Useful where nobody has measured; the fitted profiles are better where they exist.
+Each kind of operator takes the larger of its compute time and its memory time (the roofline of Williams,
+Waterman and Patterson, 2009), at given fractions of the GPU's peaks. Useful where nobody has measured; the
+fitted profiles are better where they exist.
 """
 
 from __future__ import annotations
@@ -110,7 +111,9 @@ def kv_tokens(shape: DecoderShape, gpu: Gpu, tp: int = 1, memory_fraction: float
     if tokens < 1:
         weights = shape.parameters * shape.dtype_bytes / 1e9
         room = tp * gpu.memory * memory_fraction / 1e9
-        raise InputError(f"{shape.name} needs {weights:.0f} GB for its weights, {tp} x {gpu.name} have {room:.0f} GB; take more GPUs")
+        raise InputError(
+            f"{shape.name} has {weights:.0f} GB of weights, {tp} x {gpu.name} hold {room:.0f}; take more GPUs"
+        )
     return tokens
 
 
@@ -129,8 +132,9 @@ def profile(
 ) -> Profile:
     """The analytic profile of a decoder on `tp` GPUs (tensor parallel).
 
-    The default efficiencies are near those that fits of such a model to measured kernels gave on A100 to L40S: 0.6 to 0.9 of peak
-    compute and 0.7 to 0.95 of peak bandwidth for matrix products, 0.4 to 0.9 and 0.5 to 0.9 for attention.
+    The default efficiencies are near those that fits of such a model to measured kernels gave on A100 to
+    B200: 0.5 to 0.9 of peak compute and 0.7 to 0.95 of peak bandwidth for matrix products, 0.2 to 0.9 of peak
+    compute for attention of prefills, 0.5 to 0.9 of peak bandwidth for that of decodes.
 
     Args:
         shape: a DecoderShape or one of `SHAPES`.
@@ -160,7 +164,8 @@ def profile(
     if tp < 1 or shape.heads % tp:
         raise InputError(f"tp {tp} does not divide the {shape.heads} heads of {shape.name}")
     copies = _copies(shape, tp)
-    flops, bandwidth = compute_efficiency * gpu.flops * tp, bandwidth_efficiency * gpu.bandwidth * tp
+    flops, attention_flops = compute_efficiency * gpu.flops * tp, attention_efficiency * gpu.flops * tp
+    bandwidth = bandwidth_efficiency * gpu.bandwidth * tp
     head = shape.vocab * shape.hidden
     kv = shape.kv_bytes_per_token * copies / (kv_efficiency * gpu.bandwidth * tp)
     allreduces = 2 * shape.layers if tp > 1 else 0
@@ -170,7 +175,7 @@ def profile(
         "token": 2 * shape.layer_parameters / flops,
         "head_weights": head * shape.dtype_bytes / bandwidth,
         "head_token": 2 * head / flops,
-        "attention": 4 * shape.layers * shape.heads * shape.head_dim / (attention_efficiency * gpu.flops * tp),
+        "attention": 4 * shape.layers * shape.heads * shape.head_dim / attention_flops,
         "kv_prefill": kv,
         "kv_decode": kv,
         "communication": allreduces * 2 * (tp - 1) / tp * shape.hidden * shape.dtype_bytes / gpu.link,
@@ -185,7 +190,7 @@ def profile(
         gpu=gpu.name,
         model=shape.name,
         provenance=(
-            "Analytic, nothing measured: FLOPs and bytes of the decoder over the GPU's datasheet peaks, at the fractions "
+            "Analytic, nothing measured: FLOPs and bytes of the decoder over the GPU's datasheet peaks, at "
             + ", ".join(f"{key} {value:g}" for key, value in efficiencies.items())
         ),
     )

@@ -17,7 +17,7 @@ AXES = ("prefill_tokens", "decodes", "context")
 
 def read(path: str | Path) -> dict[str, Any]:
     """The parameters of form "table" from a CSV: see `Profile.from_table`."""
-    data, _ = columns.read(path, ("prefill_tokens", "decodes", "seconds"), {"context": 0.0})
+    data = columns.read(path, ("prefill_tokens", "decodes", "seconds"), {"context": 0.0})
     axes = [np.unique(data[name]) for name in AXES]
     if 0 in axes[2] and len(axes[2]) > 1 and (data["context"][data["decodes"] > 0] > 0).all():
         axes[2] = axes[2][1:]  # context 0 only stands beside batches without decodes, where it says nothing
@@ -32,13 +32,12 @@ def read(path: str | Path) -> dict[str, Any]:
     for index, values in samples.items():
         grid[index] = np.median(values)
     if axes[0][0] == 0 and axes[1][0] == 0 and min(sizes[:2]) > 1:
-        # The empty batch is a corner that only interpolation looks at: what remains of the smallest batches at no load.
+        # The empty batch is a corner that only interpolation looks at: what remains of the smallest batches.
         grid[0, 0] = np.where(np.isnan(grid[0, 0]), np.fmin(grid[0, 1], grid[1, 0]), grid[0, 0])
     if np.isnan(grid).any():
         i, j, k = np.argwhere(np.isnan(grid))[0]
-        raise InputError(
-            f"{path} is no full grid: no row with prefill_tokens {axes[0][i]:g}, decodes {axes[1][j]:g}, context {axes[2][k]:g}"
-        )
+        point = f"prefill_tokens {axes[0][i]:g}, decodes {axes[1][j]:g}, context {axes[2][k]:g}"
+        raise InputError(f"{path} is no full grid: no row with {point}")
     return {**{name: axis.tolist() for name, axis in zip(AXES, axes, strict=True)}, "seconds": grid.tolist()}
 
 
@@ -51,7 +50,7 @@ def check(profile: str, params: Mapping[str, Any]) -> None:
             raise InputError(f"profile {profile}: {name} must be a list of increasing numbers of at least 0")
         if name != "context" and (axis[0] != 0 or len(axis) < 2):
             other = "decode-only" if name == "prefill_tokens" else "prefill-only"
-            raise InputError(f"profile {profile}: {name} must be 0 ({other} batches) and more; measure both kinds of batches")
+            raise InputError(f"profile {profile}: {name} must be 0 ({other} batches) and more; measure both")
         axes.append(axis)
     seconds = _array(profile, "seconds", params["seconds"])
     shape = tuple(map(len, axes))
