@@ -250,6 +250,10 @@ def simulate(
     if iterations_csv is not None:
         _write_iterations(result, iterations_csv)
     head = {"scheduler": result.scheduler, "profile": result.profile}
+    if result.capacity is not None:  # what the load was relative to
+        metrics["capacity_rps"] = result.capacity.rps
+        metrics["compute_capacity_rps"] = result.capacity.compute_rps
+        metrics["kv_capacity_rps"] = result.capacity.kv_rps
     if as_json:
         print(json.dumps(_jsonable(head | metrics), allow_nan=False))
     else:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import baselines
-from llmsched_env import EngineConfig, Requests, profiles, simulate, workloads
+from llmsched_env import EngineConfig, profiles, simulate, workloads
 from llmsched_env.errors import InputError, unknown
 from llmsched_env.files import require_writable_folder, writing
 from llmsched_env.simulation import resolve
@@ -100,7 +100,7 @@ def suite(name: str, *, schedulers: Sequence[str] = (), seeds: int | None = None
             table_load=0.9,
             schedulers=tuple(schedulers) or QUICK,
             num_requests=2000,
-            seeds=5 if seeds is None else seeds,
+            seeds=10 if seeds is None else seeds,
         )
     if name == "full":
         traces = ("azure-conv", "azure-code", "mooncake-conversation", "deepseek-r1")
@@ -180,7 +180,8 @@ def _compare(
     suite: Suite, workload: str, profile: str, load: float, seed: int, count: Callable[[], None]
 ) -> list[dict[str, Any]]:
     """Every scheduler of the suite on the same requests: a row each."""
-    requests = _draw(suite, workload, profile, load, seed)
+    recipe = workloads.get(workload, num_requests=suite.num_requests, load=load, seed=seed)
+    requests = recipe.draw(capacity_rps(workload, profile))
     rows = []
     for name in suite.schedulers:
         row: dict[str, Any] = {"workload": workload, "profile": profile, "load": load, "seed": seed}
@@ -195,12 +196,11 @@ def _compare(
     return rows
 
 
-def _draw(suite: Suite, workload: str, profile: str, load: float, seed: int) -> Requests:
-    """The requests of a run; the load is relative to the engine as the baseline sets it up."""
-    recipe = workloads.get(workload, num_requests=suite.num_requests, load=load, seed=seed)
+def capacity_rps(workload: str, profile: str) -> float:
+    """Requests/s that loads are shares of: those of the engine as the baseline sets it up."""
     cost = profiles.get(profile)
     engine = resolve(EngineConfig(), baselines.get(BASELINE), cost)
-    return recipe.draw(capacity(recipe.moments(), cost.time, engine).rps)
+    return capacity(workloads.get(workload).moments(), cost.time, engine).rps
 
 
 def flat(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -273,9 +273,10 @@ def tables(outcome: Outcome, summary: pd.DataFrame) -> list[Table]:
     views = []
     for workload, profile in suite.cases:
         rows = summary.query("workload == @workload and profile == @profile and load == @suite.table_load")
+        limit = capacity_rps(workload, profile)
         view = Table(
-            title=f"{workload} on {profile}, load {suite.table_load:g}: {suite.num_requests} requests, "
-            f"{suite.seeds} seeds, 95 % intervals",
+            title=f"{workload} on {profile}, load {suite.table_load:g} of {limit:.2f} requests/s: "
+            f"{suite.num_requests} requests, {suite.seeds} seeds, 95 % intervals",
             title_justify="left",
         )
         view.add_column("scheduler", no_wrap=True)
