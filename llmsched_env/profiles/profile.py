@@ -65,7 +65,7 @@ class Profile:
     fit: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for field in ("name", "gpu", "model", "provenance"):
+        for field in ("name", "form", "gpu", "model", "provenance"):
             if not isinstance(getattr(self, field), str):
                 raise self._error(f"{field} {getattr(self, field)!r} is not a text")
         if self.form not in CODES:
@@ -162,9 +162,10 @@ class Profile:
         return Profile(form="table", params=table.read(path), kv_tokens=kv_tokens, **attributes)
 
     def _require(self, what: str, value: Any, positive: bool = False, whole: bool = False) -> None:
-        good = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+        kinds = (int, np.integer) if whole else (int, float, np.integer, np.floating)
+        good = isinstance(value, kinds) and not isinstance(value, bool)
         good = good and math.isfinite(value) and (value > 0 if positive else value >= 0)
-        if not good or (whole and value != int(value)):
+        if not good:
             kind = "whole number" if whole else "finite number"
             limit = "above 0" if positive else "of at least 0"
             raise self._error(f"{what} is {value!r}; it must be a {kind} {limit}")
