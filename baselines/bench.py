@@ -95,7 +95,7 @@ def suite(name: str, *, schedulers: Sequence[str] = (), seeds: int | None = None
     if name == "quick":
         return Suite(
             name,
-            cases=(("azure-conv", "a100-llama3-8b"),),
+            cases=(("azure-conv", "a100-llama3-8b"), ("azure-conv", "a100-llama2-7b")),
             loads=(0.3, 0.5, 0.7, 0.8, 0.9, 1.0),
             table_load=0.9,
             schedulers=tuple(schedulers) or QUICK,
@@ -103,15 +103,21 @@ def suite(name: str, *, schedulers: Sequence[str] = (), seeds: int | None = None
             seeds=10 if seeds is None else seeds,
         )
     if name == "full":
-        traces = ("azure-conv", "azure-code", "mooncake-conversation", "deepseek-r1")
         return Suite(
             name,
-            cases=tuple((workload, "a100-llama3-8b") for workload in traces),
+            cases=(
+                ("azure-conv", "a100-llama3-8b"),
+                ("azure-conv", "a100-llama2-7b"),
+                ("azure-code", "h100-llama3-8b"),
+                ("chatbot-arena", "a100-llama2-7b"),
+                ("arxiv-summarization", "a100-llama2-70b-tp4"),
+                ("deepseek-r1", "h100-llama2-70b-tp4"),
+            ),
             loads=(0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.1),
             table_load=0.9,
             schedulers=tuple(schedulers) or tuple(baselines.names()),
             num_requests=5000,
-            seeds=10 if seeds is None else seeds,
+            seeds=20 if seeds is None else seeds,
         )
     raise unknown("suite", name, ("quick", "full"))
 
@@ -131,12 +137,17 @@ class Outcome:
 
     @property
     def failures(self) -> list[str]:
-        """A line for each run that failed."""
+        """A line for each case and scheduler with failed runs: how many, and why the first of them."""
         failed = self.runs[self.runs["error"] != ""]
-        return [
-            f"{r.scheduler} on {r.workload}, load {r.load}, seed {r.seed}: {r.error}"
-            for r in failed.itertuples()
-        ]
+        lines = []
+        for (workload, profile, scheduler), group in failed.groupby(
+            ["workload", "profile", "scheduler"], sort=False
+        ):
+            first = group.iloc[0]
+            where = f"load {first['load']:g}, seed {first['seed']}"
+            what = f"{len(group)} runs failed, the first ({where}) with {first['error']}"
+            lines.append(f"{scheduler} on {workload}, {profile}: {what}")
+        return lines
 
 
 def run(
