@@ -300,3 +300,20 @@ def test_unknown_form_to_fit():
         fit.fit(features, seconds, "hing")
     with pytest.raises(InputError, match="held_out 1"):
         fit.fit(features, seconds, held_out=1)
+
+
+@pytest.mark.parametrize(("run", "median", "p95"), [("sarathi512", 0.07, 0.12), ("vllm", 0.03, 0.11)])
+def test_hinge_on_the_batches_of_vidur(run, median, p95):
+    """Batches that Vidur's schedulers formed, and the times it gave them, for Llama-3-8B on an A100."""
+    shared = os.environ.get("LLMSCHED_SHARED")
+    if not shared:
+        pytest.skip("LLMSCHED_SHARED is not set")
+    pd = pytest.importorskip("pandas")
+    rows = pd.read_csv(Path(shared, "data", "vidur_runs", f"conv_q6.45_{run}_batches.csv.gz"))
+    context = rows.prefill_sum_chunk_x_ctx + rows.prefill_sum_chunk_sq / 2
+    features = [rows.prefill_tokens, rows.n_prefill_reqs, context, rows.prefill_kv, rows.n_decode]
+    features = np.stack([*features, rows.decode_kv_tokens], axis=1).astype(float)
+    errors = fit.judge(
+        profiles.get("a100-llama3-8b"), features, (rows.completed_at - rows.scheduled_at).to_numpy()
+    )
+    assert errors["median_rel"] < median and errors["p95_rel"] < p95 and errors["R2"] > 0.95
