@@ -16,6 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from llmsched_env import EngineConfig
+    from llmsched_env.profiles import Profile
     from llmsched_env.simulation import Result
 
 app = typer.Typer(
@@ -148,11 +149,17 @@ def show_profile(
     print(f"iteration time over load: {path}")
 
 
-def _describe(profile: Any) -> Iterator[tuple[str, ...]]:
+def _describe(profile: Profile) -> Iterator[tuple[str, ...]]:
+    import numpy as np
+
     yield "model", f"{profile.model} on {profile.gpus} x {profile.gpu}"
     yield "form", profile.form
     for key, value in profile.params.items():
-        yield f"  {key}", json.dumps(value) if isinstance(value, (list, dict)) else f"{value:g}"
+        size = np.size(value)
+        yield (
+            f"  {key}",
+            f"{value:g}" if size == 1 else f"{size} values, {np.min(value):g} to {np.max(value):g}",
+        )
     if profile.kv_tokens is not None:
         yield "KV cache", f"{profile.kv_tokens:,} tokens"
     if profile.kv_bytes_per_token is not None:
@@ -272,8 +279,9 @@ def _source(workload: str | None, trace: Path | None, seed: int, options: dict[s
     if seed < 0:
         raise InputError(f"--seed must not be negative, not {seed}")
     if trace is not None:
-        known = {**workloads.trace.__kwdefaults__, **workloads.traces.read.__kwdefaults__}
-        for key in options.keys() - known.keys():
+        readers = (workloads.trace, workloads.traces.read)
+        known = {key for reader in readers for key in reader.__kwdefaults__ or {}}
+        for key in options.keys() - known:
             raise unknown("trace option", key, known)
     try:
         if trace is not None:
