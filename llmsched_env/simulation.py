@@ -14,12 +14,12 @@ from llmsched_env import profiles
 from llmsched_env.core.config import EngineConfig
 from llmsched_env.core.lanes import LaneSpec, engine_view, make_lanes
 from llmsched_env.core.requests import Requests
-from llmsched_env.core.run import ITERATION, Log, Outcome, Skip, advance
+from llmsched_env.core.run import ITERATION, Log, Outcome, Skip
 from llmsched_env.core.schedule import Schedule
 from llmsched_env.core.state import Error, Lanes, Status
 from llmsched_env.errors import InputError, unknown
 from llmsched_env.profiles import Profile
-from llmsched_env.scheduling import ENGINE, Scheduler, run_lane, run_schedule
+from llmsched_env.scheduling import ENGINE, Scheduler, run_compiled, run_lane, run_python, run_schedule
 from llmsched_env.theory.capacity import Capacity, capacity
 from llmsched_env.workloads import Workload
 
@@ -305,9 +305,12 @@ def _runner(scheduler: Scheduler, lanes: Lanes, follow: Schedule | None) -> Any:
         )
     if scheduler.plan is None:
         return lambda log, most, horizon, skip: run_lane(lanes, 0, log, most, horizon, skip)
-    view, plan = engine_view(lanes, 0), scheduler.plan
-    loop = numba.njit(advance, nogil=True) if isinstance(plan, numba.core.registry.CPUDispatcher) else advance
-    return lambda log, most, horizon, skip: loop(view, plan, log, most, horizon, skip)
+    plan = scheduler.plan
+    if isinstance(plan, numba.core.registry.CPUDispatcher):
+        compiled = numba.njit(run_compiled, nogil=True)
+        return lambda log, most, horizon, skip: compiled(lanes, 0, plan, log, most, horizon, skip)
+    view = engine_view(lanes, 0)
+    return lambda log, most, horizon, skip: run_python(view, plan, log, most, horizon, skip)
 
 
 def _make_log(record: str | None, num_requests: int, rows: int) -> Log:

@@ -35,11 +35,12 @@ class Order(enum.IntEnum):
     AREA = 6  # least predicted KV area first: O * I + O^2 / 2 token-iterations
     REMAINING = 7  # least predicted output left first
     DEADLINE = 8  # earliest time-to-first-token deadline first
-    BOOST = 9  # arrival less a bonus for short requests
-    ATTAINED = 10  # least service received first, tokens
+    BOOST = 9  # arrival less a bonus for little prefill
+    ATTAINED = 10  # fewest tokens of the answer first, in levels that double: up to 31, 95, 223, ...
     SCORE = 11  # by the score that the scheduler itself keeps
     RANDOM = 12
     LONGEST = 13  # longest prompt first
+    LOWER_BOUND = 14  # least lower bound of the output first: a share of the prediction, or what has come out if that is more
 
 
 class Place(enum.IntEnum):
@@ -52,8 +53,9 @@ class Place(enum.IntEnum):
 
 ORDERS = {name: int(value) for name, value in Order.__members__.items()}
 _FIFO, _ARRIVAL, _PRIORITY, _PROMPT, _OUTPUT, _TOTAL, _AREA, _REMAINING = range(8)
-_DEADLINE, _BOOST, _ATTAINED, _SCORE, _RANDOM, _LONGEST = range(8, 14)
+_DEADLINE, _BOOST, _ATTAINED, _SCORE, _RANDOM, _LONGEST, _LOWER_BOUND = range(8, 15)
 _HEAD, _KEY, _END = (int(x) for x in Place)
+_, _UNKNOWN_REQUEST, _NOT_SCHEDULABLE, _TWICE, _TOKENS, _BUDGET, _KV, _SEQS, _NOT_RESIDENT, *_ = (int(x) for x in Error)
 
 
 # ---------------------------------------------------------------------------------------------------------------- small facts
@@ -88,7 +90,8 @@ def hold_tokens(e: Engine, q, hold: int) -> int:  # type: ignore[no-untyped-def]
     if hold == PEAK:
         return q.prompt + q.stop - 1
     if hold == PREDICTED:
-        return max(known, q.prompt + min(int(np.ceil(q.predicted)), q.limit) - 1)
+        whole = e.s.kv_blocks * e.s.block_size  # who is predicted to need more than all gets all, alone
+        return max(known, min(q.prompt + min(int(np.ceil(q.predicted)), q.limit) - 1, whole))
     if hold == DECLARED:
         return max(known, q.prompt + q.limit - 1)
     return e.s.max_model_len
@@ -154,10 +157,13 @@ def queue_key(e: Engine, r: int) -> float:
     if order == _DEADLINE:
         return q.arrival + q.ttft_target
     if order == _BOOST:
-        # gamma-boost: arrival - ln(1 / (1 - exp(-gamma * size))) / gamma, size in predicted tokens
-        return q.arrival + np.log(-np.expm1(-e.s.boost_gamma * q.predicted)) / e.s.boost_gamma
+        # gamma-boost: arrival - ln(1 / (1 - exp(-gamma * w))) / gamma, w the seconds of its prefill
+        w = e.s.boost_s_per_token * known_tokens(q)
+        return q.arrival + np.log(-np.expm1(-e.s.boost_gamma * w)) / e.s.boost_gamma
     if order == _ATTAINED:
-        return np.float64(q.recomputed + q.computed)
+        return np.float64(length_class(1 + (q.generated >> 5)))
+    if order == _LOWER_BOUND:
+        return max(e.s.lower_bound * q.predicted, np.float64(q.generated))
     if order == _RANDOM:
         return random_unit(e)
     return q.score
@@ -220,6 +226,58 @@ def begin_plan(e: Engine) -> None:
 
 
 @njit
+def _demand(e: Engine, r: int) -> tuple[int, int]:
+    """Most tokens that request r can use in this iteration, and tokens of KV that it reserves in any case."""
+    q = e.req[r]
+    if q.status == WAITING:
+        return q.prompt + q.generated, hold_tokens(e, q, e.s.hold)
+    return max(1, q.target - q.computed), q.hold
+
+
+@njit
+def grant_error(e: Engine, r: int, tokens: int) -> int:
+    """The rule (`Error`) that `grant(e, r, tokens)` would break, NONE if it would succeed."""
+    s = e.s
+    if r < 0 or r >= len(e.req):
+        return _UNKNOWN_REQUEST
+    q = e.req[r]
+    if q.status != WAITING and q.status != RUNNING:
+        return _NOT_SCHEDULABLE
+    if q.granted > 0:
+        return _TWICE
+    if s.enforce_budget and tokens > s.budget:
+        return _BUDGET
+    if q.status == WAITING and (q.in_flight > 0 or s.num_running >= s.max_num_seqs):
+        return _SEQS
+    rest, hold = _demand(e, r)
+    if tokens < 1 or tokens > rest:
+        return _TOKENS
+    held = max(q.computed + tokens, hold)
+    if held > q.blocks * s.block_size and blocks_for(e, held) - q.blocks > s.free:
+        return _KV
+    return 0
+
+
+@njit
+def _refuse(e: Engine, r: int, tokens: int, error: int) -> bool:
+    """Note which rule `grant(e, r, tokens)` would break, with the figures for the message."""
+    s = e.s
+    if error == _UNKNOWN_REQUEST:
+        return _fail(e, error, r, tokens, len(e.req))
+    q = e.req[r]
+    if error == _BUDGET:
+        return _fail(e, error, r, tokens, s.budget)
+    if error == _SEQS:
+        return _fail(e, error, r, s.num_running, s.max_num_seqs)
+    if error == _TOKENS or error == _KV:
+        rest, hold = _demand(e, r)
+        if error == _TOKENS:
+            return _fail(e, error, r, tokens, rest)
+        return _fail(e, error, r, blocks_for(e, max(q.computed + tokens, hold)) - q.blocks, s.free)
+    return _fail(e, error, r, q.status, 0)
+
+
+@njit
 def grant(e: Engine, r: int, tokens: int) -> bool:
     """Give request r `tokens` tokens in this iteration; admits it if it waits.
 
@@ -228,34 +286,17 @@ def grant(e: Engine, r: int, tokens: int) -> bool:
     scheduled, the tokens are not what it can use, or blocks, running slots or (where enforced) the token budget do not suffice.
     """
     s = e.s
-    if r < 0 or r >= len(e.req):
-        return _fail(e, Error.UNKNOWN_REQUEST, r, r, len(e.req))
+    error = grant_error(e, r, tokens)
+    if error != 0:
+        return _refuse(e, r, tokens, error)
     q = e.req[r]
-    admitted = q.status == WAITING
-    if not admitted and q.status != RUNNING:
-        return _fail(e, Error.NOT_SCHEDULABLE, r, q.status, 0)
-    if q.granted > 0:
-        return _fail(e, Error.TWICE, r, tokens, 0)
-    if tokens > s.budget and s.enforce_budget:
-        return _fail(e, Error.BUDGET, r, tokens, s.budget)
-    if admitted:
-        if q.in_flight > 0 or (s.num_running >= s.max_num_seqs):
-            return _fail(e, Error.SEQS, r, s.num_running, s.max_num_seqs)
-        rest = q.prompt + q.generated
-        hold = hold_tokens(e, q, s.hold)
-    else:
-        rest = max(1, q.target - q.computed)
-        hold = q.hold
-    if tokens < 1 or tokens > rest:
-        return _fail(e, Error.TOKENS, r, tokens, rest)
+    rest, hold = _demand(e, r)
     after = q.computed + tokens
     if max(after, hold) > q.blocks * s.block_size:
         need = blocks_for(e, max(after, hold)) - q.blocks
-        if need > s.free:
-            return _fail(e, Error.KV, r, need, s.free)
         s.free -= need
         q.blocks += need
-    if admitted:
+    if q.status == WAITING:
         queue.remove(e, r)
         q.status = RUNNING
         q.target = rest
@@ -360,10 +401,10 @@ def evict(e: Engine, r: int) -> bool:
     """
     s = e.s
     if r < 0 or r >= len(e.req):
-        return _fail(e, Error.UNKNOWN_REQUEST, r, r, len(e.req))
+        return _fail(e, _UNKNOWN_REQUEST, r, r, len(e.req))
     q = e.req[r]
     if q.status != RUNNING:
-        return _fail(e, Error.NOT_RESIDENT, r, q.status, 0)
+        return _fail(e, _NOT_RESIDENT, r, q.status, 0)
     if q.granted > 0:
         refund(e, r)
     _leave_running(e, r)
@@ -401,14 +442,14 @@ def swap_in(e: Engine, r: int) -> bool:
     """Bring swapped request r back: it takes its KV blocks and runs again (it still has to be granted a token)."""
     s = e.s
     if r < 0 or r >= len(e.req):
-        return _fail(e, Error.UNKNOWN_REQUEST, r, r, len(e.req))
+        return _fail(e, _UNKNOWN_REQUEST, r, r, len(e.req))
     q = e.req[r]
     if q.status != SWAPPED:
-        return _fail(e, Error.NOT_SCHEDULABLE, r, q.status, 0)
+        return _fail(e, _NOT_SCHEDULABLE, r, q.status, 0)
     if q.cpu_blocks > s.free:
-        return _fail(e, Error.KV, r, q.cpu_blocks, s.free)
+        return _fail(e, _KV, r, q.cpu_blocks, s.free)
     if s.num_running >= s.max_num_seqs:
-        return _fail(e, Error.SEQS, r, s.num_running, s.max_num_seqs)
+        return _fail(e, _SEQS, r, s.num_running, s.max_num_seqs)
     k = 0
     while e.swapped[k] != r:
         k += 1

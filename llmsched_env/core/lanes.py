@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,18 +71,34 @@ def make_lanes(specs: Sequence[LaneSpec], engine_dtype: np.dtype[Any]) -> Lanes:
     return lanes
 
 
-def engine_view(lanes: Lanes, lane: int) -> Engine:
-    """The view of one lane for plain Python: as `engine_at`, with records whose fields are attributes."""
+class EngineView(NamedTuple):
+    """An `Engine` for plain Python: the same fields, whose records have attributes, and the arrays that compiled functions take."""
+
+    s: Any
+    req: Any
+    running: Any
+    plan: Any
+    victims: Any
+    swapped: Any
+    pending: Any
+    work: Any
+    cost: Any
+    itl: Any
+    compiled: Engine
+
+
+def engine_view(lanes: Lanes, lane: int) -> EngineView:
+    """The view of one lane for plain Python; see `engine_at` for compiled code."""
     lo, hi = lanes.first[lane], lanes.first[lane + 1]
     lists = lanes.lists[5 * lo : 5 * hi].reshape(5, hi - lo)
-    return Engine(
-        lanes.s.view(np.recarray)[lane],
-        lanes.req[lo:hi].view(np.recarray),
+    rest = (
         *lists,
         lanes.work[lanes.first_work[lane] : lanes.first_work[lane + 1]],
         lanes.cost[lanes.first_cost[lane] : lanes.first_cost[lane + 1]],
         lanes.itl[lanes.first_itl[lane] : lanes.first_itl[lane + 1]],
     )
+    compiled = Engine(lanes.s[lane], lanes.req[lo:hi], *rest)
+    return EngineView(lanes.s.view(np.recarray)[lane], lanes.req[lo:hi].view(np.recarray), *rest, compiled)
 
 
 def _offsets(sizes: list[int]) -> NDArray[np.int64]:

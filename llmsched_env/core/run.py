@@ -8,7 +8,6 @@ their KV reads alone. `EXACT` adds their durations one by one, in the order in w
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -399,18 +398,3 @@ def _give_up(e: Engine, error: int) -> int:
     else:
         s.error_request = e.running[0] if s.num_running > 0 else e.swapped[0]
     return ERROR
-
-
-def advance(e: Engine, plan: Callable[[Engine], None], log: Log, most: int, horizon: float, skip: int) -> int:
-    """Run an engine under the scheduler `plan(e)` for at most `most` iterations, or until `horizon` (s); returns an `Outcome`.
-
-    As it stands it runs a scheduler in plain Python; `numba.njit(advance)` runs a compiled one.
-    """
-    last = e.s.iterations + most
-    outcome = READY
-    while outcome == READY:
-        outcome = before_plan(e, log, last, horizon)
-        if outcome == READY:
-            plan(e)
-            outcome = after_plan(e, log, last, horizon, skip)
-    return outcome

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from llmsched_env.core.compile import njit
 from llmsched_env.core.engine import (
     SWAPPED,
@@ -15,27 +18,41 @@ from llmsched_env.core.engine import (
     grant,
     swap_in,
 )
+from llmsched_env.core.lanes import EngineView
 from llmsched_env.core.run import READY, Log, after_plan, before_plan, log_plan, write_log
 from llmsched_env.core.span import span
 from llmsched_env.core.state import Engine, Lanes, engine_at
+from llmsched_env.scheduling.lots import plan_random
 from llmsched_env.scheduling.routine import plan_unified
 from llmsched_env.scheduling.scheduler import ENGINE, Scheduler
 from llmsched_env.scheduling.settings import Budget, Pass, Peak, Routine, Settings, Sort, Victim
+from llmsched_env.scheduling.slai import plan_slai
+from llmsched_env.scheduling.sorted_f import plan_sorted_f
+from llmsched_env.scheduling.wait import plan_wait
 
-__all__ = ["ENGINE", "Budget", "Pass", "Peak", "Routine", "Scheduler", "Settings", "Sort", "Victim", "plan", "run_iteration", "run_lane", "run_schedule"]
+__all__ = ["ENGINE", "Budget", "Pass", "Peak", "Routine", "Scheduler", "Settings", "Sort", "Victim", "plan", "run_compiled", "run_iteration", "run_lane", "run_python", "run_schedule"]
 
-_UNIFIED = int(Routine.UNIFIED)
+_RANDOM, _SORTED_F, _WAIT, _SLAI = (int(r) for r in (Routine.RANDOM, Routine.SORTED_F, Routine.WAIT, Routine.SLAI))
 
 
 @njit
 def plan(e: Engine) -> None:
     """Plan the next iteration by the routine that the engine's settings name."""
-    plan_unified(e)
+    if e.s.routine == _RANDOM:
+        plan_random(e)
+    elif e.s.routine == _SORTED_F:
+        plan_sorted_f(e)
+    elif e.s.routine == _WAIT:
+        plan_wait(e)
+    elif e.s.routine == _SLAI:
+        plan_slai(e)
+    else:
+        plan_unified(e)
 
 
 @njit
 def run_lane(lanes: Lanes, lane: int, log: Log, most: int, horizon: float, skip: int) -> int:
-    """Advance one engine under its built-in scheduler; see `core.run.advance`, whose loop this is."""
+    """Advance one engine under its built-in scheduler for at most `most` iterations, or until `horizon` (s); returns an `Outcome`."""
     e = engine_at(lanes, lane)
     spans = Log(span(log.rows), span(log.requests), span(log.tokens), span(log.used))
     last = e.s.iterations + most
@@ -46,6 +63,33 @@ def run_lane(lanes: Lanes, lane: int, log: Log, most: int, horizon: float, skip:
             plan(e)
             outcome = after_plan(e, spans, last, horizon, skip)
     return outcome
+
+
+def run_compiled(lanes: Lanes, lane: int, own: Callable[[Engine], None], log: Log, most: int, horizon: float, skip: int) -> int:
+    """`run_lane` under a scheduler `own(e)` compiled by numba; to be compiled itself, once for each such scheduler."""
+    e = engine_at(lanes, lane)
+    spans = Log(span(log.rows), span(log.requests), span(log.tokens), span(log.used))
+    last = e.s.iterations + most
+    outcome = READY
+    while outcome == READY:
+        outcome = before_plan(e, spans, last, horizon)
+        if outcome == READY:
+            own(e)
+            outcome = after_plan(e, spans, last, horizon, skip)
+    return outcome
+
+
+def run_python(view: EngineView, own: Callable[[Any], None], log: Log, most: int, horizon: float, skip: int) -> int:
+    """`run_lane` under a scheduler `own(e)` in plain Python."""
+    e = view.compiled
+    last = int(view.s.iterations) + most
+    outcome = READY
+    while outcome == READY:
+        outcome = before_plan(e, log, last, horizon)
+        if outcome == READY:
+            own(view)
+            outcome = after_plan(e, log, last, horizon, skip)
+    return int(outcome)
 
 
 @njit
