@@ -1,0 +1,233 @@
+"""Workloads: recipes for requests, drawn at a rate, a share of the engine's capacity, or as recorded."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmsched_env.core.requests import Requests
+from llmsched_env.errors import InputError
+from llmsched_env.workloads import arrivals, predictions
+from llmsched_env.workloads.lengths import Clip, Lengths, Moments
+
+_SAMPLE = 2**18  # points of the quasi-random sample behind the moments
+
+
+class Workload(abc.ABC):
+    """A recipe for requests. `load` is the offered load as a share of the engine's capacity, or None."""
+
+    name: str
+    load: float | None
+    rate: float | None
+
+    @abc.abstractmethod
+    def draw(self, capacity_rps: float | None = None, rng: np.random.Generator | None = None) -> Requests:
+        """Requests; the same ones each time unless `rng` is given.
+
+        Args:
+            capacity_rps: requests/s the engine can sustain; needed, and used, only where the workload has a
+                `load`.
+            rng: draw with this generator and not with the workload's own seed.
+        """
+
+    @abc.abstractmethod
+    def moments(self) -> Moments:
+        """The moments of the lengths that a capacity depends on."""
+
+    def _rate(self, capacity_rps: float | None) -> float | None:
+        """Requests/s asked for, or None for the workload's own."""
+        if self.load is None:
+            return self.rate
+        if capacity_rps is None or not 0 < capacity_rps < math.inf:
+            raise InputError(
+                f"workload {self.name} is at load {self.load:g}, a share of the engine's capacity, "
+                "and the capacity is "
+                f"{capacity_rps}; give capacity_rps, or a rate in place of the load"
+            )
+        return self.load * capacity_rps
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestClass:
+    """A class of requests, or a tenant: its share of all, its lengths, and its requests' marks."""
+
+    lengths: Lengths
+    share: float = 1.0
+    client: int = 0
+    class_id: int = 0
+    priority: int = 0
+    ttft_target_s: float = math.inf
+    tpot_target_s: float = math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Synthetic(Workload):
+    """Requests drawn from distributions: a mixture of classes, an arrival process, a predictor, declared
+    maxima.
+
+    Each request is of a class by chance, independently (shares are relative). Arrivals, lengths, predictions
+    and declared maxima have separate streams of random numbers, so that changing one of them leaves the
+    others as they are.
+
+    Attributes:
+        arrivals: the arrival process; its times are scaled to the rate.
+        load, rate: at most one of them; neither: `own_rate`, or the rate of a recorded `arrivals.Profile`.
+        clip: limits that the lengths are cut to.
+    """
+
+    name: str
+    classes: tuple[RequestClass, ...]
+    num_requests: int = 1000
+    arrivals: arrivals.Arrivals = arrivals.Poisson()  # noqa: RUF009  (frozen)
+    load: float | None = None
+    rate: float | None = None
+    own_rate: float | None = None
+    prediction: predictions.Prediction = predictions.Oracle()  # noqa: RUF009
+    declared: predictions.Declared = predictions.PowerOfTwo()  # noqa: RUF009
+    clip: Clip = Clip()  # noqa: RUF009
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self)
+        n = self.num_requests
+        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n < 2**31:
+            raise InputError(f"num_requests must be a whole number from 1 to 2147483647, not {n!r}")
+        shares = [c.share for c in self.classes]
+        if not shares or min(shares) < 0 or not 0 < sum(shares) < math.inf:
+            raise InputError(
+                f"workload {self.name}: give one or more classes, with shares not negative, nor all zero"
+            )
+        asked = "load" if self.load is not None else "rate"
+        if isinstance(self.arrivals, arrivals.AtOnce) and getattr(self, asked) is not None:
+            raise InputError(
+                f"workload {self.name}: all requests arrive at once, so a {asked} means nothing; drop it"
+            )
+
+    def draw(self, capacity_rps: float | None = None, rng: np.random.Generator | None = None) -> Requests:
+        rng = np.random.default_rng(self.seed) if rng is None else rng
+        streams = [np.random.default_rng(int(s)) for s in rng.integers(0, 2**63, size=4)]
+        n = int(self.num_requests)
+        arrival = self.arrivals.unit_times(n, streams[0])
+        if not isinstance(self.arrivals, arrivals.AtOnce):
+            arrival = arrival / self._resolved(capacity_rps)
+        kind, prompt, output = _lengths(self.classes, self.clip, streams[1].random((n, 3)))
+        column: dict[str, Any] = {
+            f: np.array([getattr(c, f) for c in self.classes])[kind]
+            for f in ("client", "class_id", "priority", "ttft_target_s", "tpot_target_s")
+        }
+        longest = self.clip.longest(max(c.lengths.output.largest for c in self.classes))
+        return Requests.of(
+            arrival,
+            prompt,
+            output,
+            predicted_tokens=self.prediction.predict(output, streams[2]),
+            declared_tokens=self.declared.declare(output, longest, streams[3]),
+            **column,
+        )
+
+    def moments(self) -> Moments:
+        """Over the distributions, from a fixed low-discrepancy sample (about 1e-4 relative error); kept."""
+        return _moments(self.classes, self.clip)
+
+    def _resolved(self, capacity_rps: float | None) -> float:
+        rate = self._rate(capacity_rps)
+        if rate is None and isinstance(self.arrivals, arrivals.Profile):
+            rate = self.arrivals.rate_rps(int(self.num_requests))
+        if rate is None:
+            rate = self.own_rate
+        if rate is None:
+            raise InputError(
+                f"workload {self.name} has no rate of its own; "
+                "give load (a share of the engine's capacity) or rate (requests/s)"
+            )
+        return rate
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Replay(Workload):
+    """Recorded requests, on their own time scale or stretched to a load or rate.
+
+    Attributes:
+        requests: what was recorded.
+        prediction, declared: replace the recorded columns, drawn with `seed`; None keeps them.
+    """
+
+    name: str
+    requests: Requests
+    load: float | None = None
+    rate: float | None = None
+    prediction: predictions.Prediction | None = None
+    declared: predictions.Declared | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+    def draw(self, capacity_rps: float | None = None, rng: np.random.Generator | None = None) -> Requests:
+        requests, rate = self.requests, self._rate(capacity_rps)
+        rng = np.random.default_rng(self.seed) if rng is None else rng
+        streams = [np.random.default_rng(int(s)) for s in rng.integers(0, 2**63, size=2)]
+        output = requests.output_tokens.astype(np.int64)
+        if rate is not None:
+            requests = at_rate(requests, rate)
+        if self.prediction is not None:
+            requests = requests.replace(predicted_tokens=self.prediction.predict(output, streams[0]))
+        if self.declared is not None:
+            declared = self.declared.declare(output, int(output.max()), streams[1])
+            requests = requests.replace(declared_tokens=declared)
+        return requests
+
+    def moments(self) -> Moments:
+        return Moments.of(self.requests.prompt_tokens, self.requests.output_tokens)
+
+
+def at_rate(requests: Requests, rate: float) -> Requests:
+    """The same requests, the first at time 0 and all gaps stretched to a mean of `rate` requests/s."""
+    if not 0 < rate < math.inf:
+        raise InputError(f"rate must be a positive number of requests/s, not {rate!r}")
+    times = requests.arrival_s - requests.arrival_s[0]
+    if len(requests) > 1:
+        if times[-1] <= 0:
+            raise InputError("cannot stretch to a rate: all requests arrive at the same time")
+        times = times * ((len(requests) - 1) / times[-1] / rate)
+    return requests.replace(arrival_s=times)
+
+
+def _check(workload: Workload) -> None:
+    """Load and rate are positive and not both there."""
+    if workload.load is not None and workload.rate is not None:
+        raise InputError(
+            f"workload {workload.name}: load {workload.load:g} and rate {workload.rate:g} "
+            "exclude each other; give one"
+        )
+    for name in ("load", "rate"):
+        value = getattr(workload, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"workload {workload.name}: {name} must be a positive number, not {value!r}")
+
+
+def _lengths(
+    classes: tuple[RequestClass, ...], clip: Clip, u: NDArray[np.float64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Class, prompt and output tokens of each row of uniforms (n, 3)."""
+    shares = np.cumsum([c.share for c in classes])
+    kind = np.minimum(np.searchsorted(shares, u[:, 0] * shares[-1], side="right"), len(classes) - 1)
+    prompt, output = np.empty(len(u), dtype=np.int64), np.empty(len(u), dtype=np.int64)
+    for i, c in enumerate(classes):
+        mine = kind == i
+        prompt[mine], output[mine] = c.lengths.tokens(u[mine, 1:])
+    return kind, *clip(prompt, output)
+
+
+@lru_cache(maxsize=256)
+def _moments(classes: tuple[RequestClass, ...], clip: Clip) -> Moments:
+    # Roberts' generalised golden ratio in three dimensions: g^4 = g + 1.
+    g = 1.2207440846057596
+    u = (0.5 + np.outer(np.arange(1, _SAMPLE + 1), [1 / g, 1 / g**2, 1 / g**3])) % 1.0
+    return Moments.of(*_lengths(classes, clip, u)[1:])
