@@ -256,7 +256,10 @@ def _opened(path: Path, compressed: bool) -> TextIO:
 
 def _csv_layout(path: Path, head: list[str]) -> _Layout:
     delimiter = max(",;\t", key=head[0].count)
-    header, *rest = [[cell.strip() for cell in row] for row in csv.reader(head, delimiter=delimiter)]
+    try:
+        header, *rest = [[cell.strip() for cell in row] for row in csv.reader(head, delimiter=delimiter)]
+    except csv.Error as error:  # before Python 3.11 also for a NUL
+        raise InputError(f"{path}: line 1 is not CSV: {error}; is it a trace?") from None
     names = _names(path, header)
     position = {field: header.index(name) for field, name in names.items()}
     first = rest[0][position["arrival_s"]] if rest and len(rest[0]) > position["arrival_s"] else ""
