@@ -464,6 +464,7 @@ def swap_in(e: Engine, r: int) -> bool:
     s.kv_tokens += q.computed
     s.swapped_tokens += q.computed
     s.num_swapped_in += 1
+    q.returned_at = s.iterations
     e.running[s.num_running] = r
     s.num_running += 1
     return True

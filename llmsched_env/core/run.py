@@ -42,7 +42,7 @@ ITERATION = np.dtype(
     ],
     align=True,
 )
-EVICTED, SWAPPED_OUT = -1, -2  # in place of tokens in a log entry
+EVICTED, SWAPPED_OUT, SWAPPED_IN = -1, -2, -3  # in place of tokens in a log entry
 
 
 class Skip(enum.IntEnum):
@@ -58,7 +58,8 @@ class Log(NamedTuple):
 
     Attributes:
         rows: ITERATION records.
-        requests, tokens: (E,) int32: decisions; victims first, with EVICTED or SWAPPED_OUT for tokens.
+        requests, tokens: (E,) int32: decisions; victims first, with EVICTED or SWAPPED_OUT for tokens, then those that come back from the
+            CPU tier without getting tokens, with SWAPPED_IN.
         used: (2,) int64: rows and entries written.
     """
 
@@ -115,6 +116,13 @@ def log_plan(e: Engine, log: Log) -> None:
         log.requests[at] = v
         log.tokens[at] = SWAPPED_OUT if e.req[v].cpu_blocks > 0 else EVICTED
         at += 1
+    if s.num_swapped_in > 0:
+        for k in range(s.num_running):
+            q = e.req[e.running[k]]
+            if q.granted == 0 and q.returned_at == s.iterations and q.swaps > 0:
+                log.requests[at] = e.running[k]
+                log.tokens[at] = SWAPPED_IN
+                at += 1
     for group in range(5 if s.listing == _NEW_FIRST else 2 if s.listing == _PREFILLS_FIRST else 1):
         for k in range(s.num_planned):
             q = e.req[e.plan[k]]
@@ -155,7 +163,7 @@ def _settled(e: Engine) -> bool:
     """Whether the scheduler, asked now, could only let all running requests decode, and so on until an event.
 
     Either nobody else is there; or the queue was found blocked in the iteration before, which only decoded, and nothing that could
-    unblock it has happened since. (Running requests that still prefill are left to `_stretch_length`.)
+    unblock it has happened since. (That all running requests decode is left to `_stretch` to find out.)
     """
     s = e.s
     if s.steady == 0 or s.num_running == 0 or _next_arrival(e) <= s.clock:
@@ -176,84 +184,112 @@ def _settled(e: Engine) -> bool:
 
 
 @njit
-def _stretch_length(e: Engine, most: int) -> int:
-    """Iterations, at most `most`, until a running request finishes or blocks might run short; the finishing one included.
+def _stretch(e: Engine, log: Log, last: int, horizon: float, closed: bool) -> None:
+    """Run the coming iterations of pure decoding in one go, until something arrives, or finishes while others wait, or blocks might
+    run short, or iteration `last` or the time `horizon` is reached.
 
-    0 if a running request still prefills, or was passed over in the last iteration so that its next gap is longer than the iteration.
-    Leaves the KV reads of the first of these iterations in `decode_context`.
+    The requests stay as they are meanwhile, but for those that finish: `total` says how many tokens the others are behind.
     """
-    s, req = e.s, e.req
-    steps = most
+    s, req, running = e.s, e.req, e.running
+    left = e.victims  # of nobody in these iterations: tokens until each running request finishes, from the beginning of the stretch
+    n = s.num_running
     context = 0
-    for k in range(s.num_running):
-        q = req[e.running[k]]
-        if q.computed < q.target or q.last_token != s.clock:
-            return 0
-        steps = min(steps, q.stop - q.generated)
+    for k in range(n):
+        q = req[running[k]]
+        if q.computed < q.target or q.last_token != s.clock:  # it prefills, or was passed over: its next gap is longer than the iteration
+            return
+        left[k] = q.stop - q.generated
         context += q.computed + 1
-    s.decode_context = context
+    alone = s.num_waiting == 0 and s.num_swapped == 0
+    begin_plan(e)
+    limit = _iterations_with_blocks(e, left)
+    total = 0
+    while True:
+        steps = 2**31 - 1
+        for k in range(n):
+            steps = min(steps, left[k])
+        finishing = steps
+        steps = min(min(steps, limit) - total, last - s.iterations)
+        if steps < 1:
+            break
+        s.num_planned = n
+        s.decodes = n
+        if len(log.requests) > 0:
+            for k in range(n):
+                e.plan[k] = running[k]
+        until = min(_next_arrival(e), horizon)
+        base, slope = decode_line(e.cost, n) if closed else (np.nan, np.nan)
+        if closed and not np.isnan(base) and len(log.rows) == 0:
+            done = _sum_closed(e, steps, until, n, base + slope * context, slope * n)
+        else:
+            done = _sum_exact(e, log, steps, until, n, context)
+        total += done
+        context += done * n
+        s.decode_context = context - n
+        s.iterations += done
+        s.total_decode += done * n
+        s.total_generated += done * n
+        s.batch_sum += done * n
+        if total == finishing:
+            kept = 0
+            for k in range(n):
+                r = running[k]
+                if left[k] == total:
+                    q = req[r]
+                    q.computed += total
+                    q.generated += total
+                    q.last_token = s.clock
+                    context -= q.computed + 1
+                    finish(e, r, s.clock)
+                else:
+                    running[kept] = r
+                    left[kept] = left[k]
+                    kept += 1
+            n = kept
+            s.num_running = n
+            if not alone:
+                break
+        if n == 0 or s.clock >= until or _log_full(e, log):
+            break
+    if total == 0:
+        return
+    s.visible = s.clock
+    s.last_progress = s.iterations
+    for k in range(n):
+        q = req[running[k]]
+        q.computed += total
+        q.generated += total
+        q.last_token = s.clock
+        if q.computed > q.blocks * s.block_size:
+            need = blocks_for(e, q.computed) - q.blocks
+            q.blocks += need
+            s.free -= need
+
+
+@njit
+def _iterations_with_blocks(e: Engine, left: Any) -> int:
+    """For how many iterations of pure decoding the free blocks surely suffice, or as many as the request with most tokens `left` has."""
+    s = e.s
+    n = s.num_running
     spare = s.free - (1 if s.free_block_for_decode else 0)
-    if s.num_running * (steps // s.block_size + 1) <= spare:
-        return steps
-    low, high = 0, steps  # blocks suffice for `low`
+    if spare >= n:  # each block that somebody takes lasts for block_size tokens
+        sure = (spare // n) * s.block_size - 1
+        if sure >= 64:
+            return sure
+    low, high = 0, 0
+    for k in range(n):
+        high = max(high, left[k])
     while low < high:
         middle = (low + high + 1) // 2
         need = 0
-        for k in range(s.num_running):
-            q = req[e.running[k]]
+        for k in range(n):
+            q = e.req[e.running[k]]
             need += max(0, blocks_for(e, q.computed + middle) - q.blocks)
         if need <= spare:
             low = middle
         else:
             high = middle - 1
     return low
-
-
-@njit
-def _stretch(e: Engine, log: Log, most: int, horizon: float, closed: bool) -> int:
-    """Run the coming iterations of pure decoding, at most `most`, in one go; returns how many."""
-    s, req = e.s, e.req
-    steps = _stretch_length(e, most)
-    if steps < 1:
-        return 0
-    batch, context = s.num_running, s.decode_context
-    begin_plan(e)  # what the last of these iterations leaves behind
-    s.decodes = batch
-    s.num_planned = batch
-    if len(log.requests) > 0:
-        for k in range(batch):
-            e.plan[k] = e.running[k]
-    until = min(_next_arrival(e), horizon)
-    base, slope = decode_line(e.cost, batch) if closed else (np.nan, np.nan)
-    if closed and not np.isnan(base) and len(log.rows) == 0:
-        done = _sum_closed(e, steps, until, batch, base + slope * context, slope * batch)
-    else:
-        done = _sum_exact(e, log, steps, until, batch, context)
-    now = s.clock
-    s.visible = now
-    s.decode_context = context + (done - 1) * batch
-    s.budget -= batch
-    s.iterations += done
-    s.last_progress = s.iterations
-    s.total_decode += done * batch
-    s.total_generated += done * batch
-    s.batch_sum += done * batch
-    before = s.num_finished
-    for k in range(s.num_running):
-        r = e.running[k]
-        q = req[r]
-        q.computed += done
-        q.generated += done
-        q.last_token = now
-        if q.computed > q.blocks * s.block_size:
-            need = blocks_for(e, q.computed) - q.blocks
-            q.blocks += need
-            s.free -= need
-        if q.generated >= q.stop:
-            finish(e, r, now)
-    if s.num_finished > before:
-        drop_finished(e)
-    return done
 
 
 @njit
@@ -382,9 +418,8 @@ def after_plan(e: Engine, log: Log, last: int, horizon: float, skip: int) -> int
     if s.iterations - s.last_progress > _LIVELOCK:
         return _give_up(e, LIVELOCK)
     if skip != 0 and not s.asynchronous:
-        while s.iterations < last and s.clock < horizon and not _log_full(e, log) and _settled(e):
-            if _stretch(e, log, last - s.iterations, horizon, skip == 2) == 0:
-                break
+        if s.iterations < last and s.clock < horizon and not _log_full(e, log) and _settled(e):
+            _stretch(e, log, last, horizon, skip == 2)
     return READY
 
 

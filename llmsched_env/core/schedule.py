@@ -33,7 +33,8 @@ class Schedule:
         start_s: (J,) float64, seconds: when each iteration starts.
         ends: (J,) int64: iteration j's entries are `ends[j-1]:ends[j]`.
         requests: (E,) int32: indices of requests.
-        tokens: (E,) int32: tokens given; EVICTED (-1) or SWAPPED_OUT (-2) for a preempted request. Preempted ones come first.
+        tokens: (E,) int32: tokens given; EVICTED (-1) or SWAPPED_OUT (-2) for a preempted request, SWAPPED_IN (-3) for one that comes back
+            from the CPU tier without getting any. Preempted ones come first.
     """
 
     start_s: NDArray[np.float64]

@@ -119,6 +119,10 @@ _REQUEST = np.dtype(
         ("level", "i4"),
         ("count", "i4"),
         ("score", "f8"),
+        ("before", "i4"),  # neighbours in a list that a scheduler keeps
+        ("after", "i4"),
+        ("chosen", "i4"),
+        ("returned_at", "i8"),  # iteration in which it last came back from the CPU tier
     ],
     align=True,
 )

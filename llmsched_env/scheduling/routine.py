@@ -30,10 +30,10 @@ _WAITING, _RUNNING = int(Status.WAITING), int(Status.RUNNING)
 _HEAD, _KEY, _END = int(Place.HEAD), int(Place.KEY), int(Place.END)
 _PASS_RUNNING, _DECODES, _CHUNKS = int(Pass.RUNNING), int(Pass.DECODES), int(Pass.CHUNKS)
 _ADMIT, _SWAP_IN, _MERGED = int(Pass.ADMIT), int(Pass.SWAP_IN), int(Pass.MERGED)
-_NEWEST, _BY_PRIORITY, _SHORTEST, _LONGEST, _WORST_KEY = (int(v) for v in Victim)
+_NEWEST, _BY_PRIORITY, _SHORTEST, _LONGEST, _WORST_KEY, _LEAST_KEY = (int(v) for v in Victim)
 _SORT_ADMISSION, _SORT_ARRIVAL, _SORT_KV, _SORT_KEY = (int(v) for v in Sort)
-_FIXED, _LOAD_ADAPTIVE = int(Budget.FIXED), int(Budget.LOAD_ADAPTIVE)
-_PEAK_NONE, _PEAK_PREDICTED, _PEAK_TRUE = (int(v) for v in Peak)
+_PRESSURE = int(Budget.PRESSURE)
+_PEAK_NONE, _PEAK_PREDICTED, _PEAK_TRUE, _PEAK_LOWER_BOUND = (int(v) for v in Peak)
 
 _LEFT_OVER, _SWAPPED_IN, _DECODED, _PREFILLED, _NEW = (int(v) for v in Level)
 
@@ -43,14 +43,14 @@ def plan_unified(e: Engine) -> None:
     """Plan one iteration by the engine's settings."""
     s = e.s
     if s.sort != _SORT_ADMISSION:
-        _sort_running(e)
+        sort_running(e)
     if s.reorder_chunked:
         for k in range(s.num_running):
             e.req[e.running[k]].level = _LEFT_OVER
-    cap = _chunk_cap(e)
+    cap = chunk_cap(e)
     held = s.prefill_interval > 1 and _prefill_held(e)
-    if s.budget_rule == _LOAD_ADAPTIVE:
-        _adapt_budget(e)
+    if s.budget_rule == _PRESSURE and _under_pressure(e):
+        s.budget = min(s.budget, s.budget_low)
     for turn in range(4):
         if turn == 0:
             what = s.pass0
@@ -61,10 +61,10 @@ def plan_unified(e: Engine) -> None:
         else:
             what = s.pass3
         if what == _PASS_RUNNING or what == _DECODES or what == _CHUNKS:
-            _visit_running(e, what, cap, held)
+            visit_running(e, what, cap, held)
         elif what == _ADMIT:
             if (s.mixed or s.decodes == 0) and not held:
-                _admit(e, cap)
+                admit(e, cap)
             if s.preempt_for_priority and s.prefill_requests == 0:
                 _preempt_for_priority(e)
         elif what == _SWAP_IN:
@@ -84,7 +84,7 @@ def plan_unified(e: Engine) -> None:
 
 
 @njit
-def _visit_running(e: Engine, what: int, cap: int, held: bool) -> None:
+def visit_running(e: Engine, what: int, cap: int, held: bool) -> None:
     """Give running requests their next tokens, in list order: decodes, chunks, or both."""
     s, req, running = e.s, e.req, e.running
     if not s.mixed and ((what == _DECODES and s.prefill_requests > 0) or (what == _CHUNKS and s.decodes > 0)):
@@ -117,7 +117,7 @@ def _visit_running(e: Engine, what: int, cap: int, held: bool) -> None:
             if what == _CHUNKS or q.generated + q.in_flight >= q.limit:  # nothing of it is left to compute
                 i += 1
                 continue
-        i = _make_room(e, i, want)
+        i = make_room(e, i, want)
         if i < 0:  # it had to go itself
             i = -1 - i
             continue
@@ -136,7 +136,7 @@ def _chunk(e: Engine, rest: int, cap: int) -> int:
 
 
 @njit
-def _make_room(e: Engine, i: int, want: int) -> int:
+def make_room(e: Engine, i: int, want: int) -> int:
     """Preempt until the running request at index i finds the blocks for `want` tokens.
 
     Returns its index afterwards, or -1 - i, where i is the index of the one after it, if it had to go itself.
@@ -164,13 +164,19 @@ def _make_room(e: Engine, i: int, want: int) -> int:
 def _victim(e: Engine, i: int) -> int:
     """Index of the running request that makes room for the one at index i; i itself if nobody else can."""
     s, req, running = e.s, e.req, e.running
-    if s.victim == _NEWEST:
-        return s.num_running - 1
     worst = i
+    if s.victim == _NEWEST:
+        worst = s.num_running - 1
+        while req[running[worst]].granted > 0:  # admitted in this iteration, before the decodes
+            worst -= 1
+        return worst
     for k in range(s.num_running):
         v, w = running[k], running[worst]
         if s.victim == _BY_PRIORITY:
             if _outranks(e, w, v):
+                worst = k
+        elif s.victim == _LEAST_KEY:
+            if queue_key(e, v) < queue_key(e, w):
                 worst = k
         elif req[v].granted == 0:
             if s.victim == _SHORTEST:
@@ -185,7 +191,7 @@ def _victim(e: Engine, i: int) -> int:
 
 
 @njit
-def _sort_running(e: Engine) -> None:
+def sort_running(e: Engine) -> None:
     """Order the running list as `sort` says; a stable insertion sort, since it is nearly in order from one iteration to the next."""
     running = e.running
     for i in range(1, e.s.num_running):
@@ -230,15 +236,16 @@ def _reorder_chunked(e: Engine) -> None:
 
 
 @njit
-def _admit(e: Engine, cap: int) -> None:
+def admit(e: Engine, cap: int) -> None:
     """Admit waiting requests in queue order while they fit."""
     s, req = e.s, e.req
     if (s.num_victims > 0 and not s.admit_after_preemption) or (s.num_swapped > 0 and not s.admit_while_swapped):
         return
     misfits = 0
+    last_key = np.inf  # of those that may be tried behind the first that does not fit
     profile = 0  # entries of the memory profile that the forward-looking test keeps in `work`; 0: not built
     r = queue.first(e)
-    while r >= 0:
+    while r >= 0 and req[r].key <= last_key:
         if s.limit_prefills and s.budget <= 0:
             break
         if s.max_batch_requests > 0 and s.num_planned >= s.max_batch_requests:
@@ -266,12 +273,14 @@ def _admit(e: Engine, cap: int) -> None:
             continue
         if misfits >= s.backfill or s.num_running >= s.max_num_seqs:
             break
+        if misfits == 0 and s.backfill_within < np.inf:
+            last_key = s.backfill_within * q.key
         misfits += 1
         r = _at_or_after(e, queue.following(e, r))
 
 
 @njit
-def _watermark(e: Engine) -> int:
+def watermark(e: Engine) -> int:
     return e.s.watermark_blocks if e.s.watermark_when_idle or e.s.num_running > 0 else 0
 
 
@@ -280,7 +289,7 @@ def _at_or_after(e: Engine, r: int) -> int:
     """The first request from r on, in queue order, that the free blocks could take; -1: none."""
     if r < 0:
         return -1
-    room = e.s.free - _watermark(e)
+    room = e.s.free - watermark(e)
     return r if e.req[r].need <= room else queue.following_fit(e, r, room)
 
 
@@ -289,17 +298,17 @@ def _fits(e: Engine, r: int, want: int) -> bool:
     """Whether the free blocks take request r, as `test` asks, above the watermark."""
     s, q = e.s, e.req[r]
     need = max(q.need, blocks_for(e, want)) if s.test == CHUNK else q.need
-    if need + _watermark(e) > s.free:
+    if need + watermark(e) > s.free:
         return False
     if s.length_classes and q.prompt >= s.hist_threshold:
         k = length_class(q.prompt)
         if s.class_count[k] > 0:
-            return blocks_for(e, int(s.class_total[k] / s.class_count[k])) + _watermark(e) <= s.free
+            return blocks_for(e, int(s.class_total[k] / s.class_count[k])) + watermark(e) <= s.free
     return True
 
 
 @njit
-def _chunk_cap(e: Engine) -> int:
+def chunk_cap(e: Engine) -> int:
     """Most tokens of one chunk in this iteration."""
     s = e.s
     present = s.num_running + s.num_waiting
@@ -325,20 +334,15 @@ def _prefill_held(e: Engine) -> bool:
 
 
 @njit
-def _adapt_budget(e: Engine) -> None:
-    """A budget that grows with the prompt tokens in the engine, between its two limits; decodes come on top."""
+def _under_pressure(e: Engine) -> bool:
+    """Whether at least two prefills are under way or wait, and somebody decodes (P-PAS, arXiv 2608.15171)."""
     s = e.s
-    backlog = 0
+    prefills = 0
     for k in range(s.num_running):
         q = e.req[e.running[k]]
-        backlog += max(0, q.target - q.computed)
-    r = queue.first(e)
-    seen = 0
-    while r >= 0 and backlog < s.budget_high and seen < 64:
-        backlog += known_tokens(e.req[r])
-        seen += 1
-        r = queue.following(e, r)
-    s.budget = s.num_running + min(max(backlog, s.budget_low), s.budget_high)
+        if q.computed < q.prompt:
+            prefills += 1
+    return prefills + s.num_waiting >= 2 and prefills < s.num_running
 
 
 @njit
@@ -346,7 +350,7 @@ def _preempt_for(e: Engine, r: int, want: int) -> bool:
     """Preempt running requests that come after waiting request r in the order until r fits; nobody, if that would not do."""
     s, req, running = e.s, e.req, e.running
     key = req[r].key
-    room = s.free - _watermark(e)
+    room = s.free - watermark(e)
     seats = s.max_num_seqs - s.num_running
     need = max(req[r].need, blocks_for(e, want))
     for k in range(s.num_running):
@@ -391,7 +395,7 @@ def _preempt_for_priority(e: Engine) -> None:
     if head >= 0:
         while s.num_running > 0 and _outranks(e, head, e.running[s.num_running - 1]):
             tokens = known_tokens(req[head])
-            fits = req[head].need + _watermark(e) <= s.free
+            fits = req[head].need + watermark(e) <= s.free
             if fits and tokens <= s.budget and s.num_running < s.max_num_seqs:
                 break
             evict(e, e.running[s.num_running - 1])
@@ -451,7 +455,7 @@ def _visit_merged(e: Engine, cap: int) -> None:
             r = e.running[i]
             q = req[r]
             want = min(q.target - q.computed, min(cap, s.budget)) if q.computed < q.target else 1
-            i = _make_room(e, i, want)
+            i = make_room(e, i, want)
             if i >= 0:
                 grant(e, r, want)
             else:
@@ -467,74 +471,136 @@ def _visit_merged(e: Engine, cap: int) -> None:
 
 
 @njit
-def _remaining(e: Engine, q) -> float:  # type: ignore[no-untyped-def]
+def _remaining(e: Engine, q) -> int:  # type: ignore[no-untyped-def]
     """Output tokens still to come, by the length that the forward-looking test believes; at least 1."""
-    length = np.float64(q.stop) if e.s.peak == _PEAK_TRUE else min(q.predicted, np.float64(q.limit))
-    return max(1.0, length - q.generated)
+    if e.s.peak == _PEAK_TRUE:
+        return max(1, q.stop - q.generated)
+    length = q.predicted
+    if e.s.peak == _PEAK_LOWER_BOUND:
+        length = max(e.s.lower_bound * length, np.float64(q.generated))
+    return max(1, int(np.ceil(min(length, np.float64(q.limit)))) - q.generated)
 
 
 @njit
-def _held_and_left(e: Engine, r: int) -> tuple[float, float]:
-    """Tokens of KV that r holds when its decoding begins or goes on, and decode steps left after that."""
-    q = e.req[r]
-    slack = e.s.block_size - 1  # a block is taken whole
-    if q.status == _RUNNING and q.computed >= q.target:
-        return np.float64(q.computed + slack), _remaining(e, q)
-    return np.float64(known_tokens(q) + slack), _remaining(e, q) - 1.0
+def _held(e: Engine, q) -> int:  # type: ignore[no-untyped-def]
+    """Tokens of KV of q before its next token comes out, as if a prefill ended with this iteration; blocks are taken whole."""
+    held = q.computed if q.status == _RUNNING and q.computed >= q.target else known_tokens(q) - 1
+    return held + e.s.block_size - 1
+
+
+# The memory profile in `work`: five columns, a row for each running request, most remaining tokens first. Its ids stay from one iteration
+# to the next, so that sorting it again is cheap.
+_ROWS, _WORST, _COLUMNS = 0, 1, 2  # rows in use; the highest usage at any completion; where the columns begin
+
+
+@njit
+def _columns(e: Engine):  # type: ignore[no-untyped-def]
+    """Where each column begins: ids; tokens left; tokens held; their sum down to a row; and, from a row downwards, the highest usage at
+    a completion plus the tokens until then (what a request held all that time would have to fit in, less what it holds now)."""
+    n = len(e.req)
+    return _COLUMNS, _COLUMNS + n, _COLUMNS + 2 * n, _COLUMNS + 3 * n, _COLUMNS + 4 * n
+
+
+def profile_size(num_requests: int) -> int:
+    """float64 numbers of workspace that the forward-looking test needs."""
+    return _COLUMNS + 5 * num_requests
 
 
 @njit
 def _build_profile(e: Engine) -> int:
-    """The running requests as (decode steps left, tokens held), longest first, in `work`; returns how many."""
+    """Bring the profile up to date with the running requests; returns how many they are."""
+    s, req, work = e.s, e.req, e.work
+    ids, lefts, helds, _, _ = _columns(e)
+    stamp = np.int32(s.iterations & 0x7FFFFFFF) + 1
     n = 0
-    for k in range(e.s.num_running):
-        held, left = _held_and_left(e, e.running[k])
-        n = _insert_profile(e, n, held, left)
+    for k in range(int(work[_ROWS])):
+        r = int(work[ids + k])
+        if req[r].status == _RUNNING:
+            req[r].count = stamp
+            work[ids + n] = r
+            n += 1
+    for k in range(s.num_running):
+        r = e.running[k]
+        if req[r].count != stamp:
+            work[ids + n] = r
+            n += 1
+    for i in range(n):
+        r = int(work[ids + i])
+        held, left = np.float64(_held(e, req[r])), np.float64(_remaining(e, req[r]))
+        k = i
+        while k > 0 and work[lefts + k - 1] < left:
+            work[ids + k] = work[ids + k - 1]
+            work[lefts + k] = work[lefts + k - 1]
+            work[helds + k] = work[helds + k - 1]
+            k -= 1
+        work[ids + k], work[lefts + k], work[helds + k] = r, left, held
+    _sum_profile(e, n)
     return n
 
 
 @njit
-def _insert_profile(e: Engine, n: int, held: float, left: float) -> int:
+def _sum_profile(e: Engine, n: int) -> None:
+    """Fill the last two columns."""
     work = e.work
-    k = n
-    while k > 0 and work[2 * k - 2] < left:
-        work[2 * k] = work[2 * k - 2]
-        work[2 * k + 1] = work[2 * k - 1]
-        k -= 1
-    work[2 * k] = left
-    work[2 * k + 1] = held
-    return n + 1
+    _, lefts, helds, sums, needs = _columns(e)
+    total, worst = 0.0, 0.0
+    for k in range(n):
+        total += work[helds + k]
+        usage = total + (k + 1) * work[lefts + k]
+        worst = max(worst, usage)
+        work[sums + k] = total
+        work[needs + k] = usage + work[lefts + k]
+    for k in range(n - 2, -1, -1):
+        work[needs + k] = max(work[needs + k], work[needs + k + 1])
+    work[_ROWS], work[_WORST] = n, worst
 
 
 @njit
 def _add_to_profile(e: Engine, r: int, n: int) -> int:
-    held, left = _held_and_left(e, r)
-    return _insert_profile(e, n, held, left)
+    """Add request r, which is about to be admitted; returns the number of rows."""
+    work = e.work
+    ids, lefts, helds, _, _ = _columns(e)
+    held, left = np.float64(_held(e, e.req[r])), np.float64(_remaining(e, e.req[r]))
+    k = n
+    while k > 0 and work[lefts + k - 1] < left:
+        work[ids + k] = work[ids + k - 1]
+        work[lefts + k] = work[lefts + k - 1]
+        work[helds + k] = work[helds + k - 1]
+        k -= 1
+    work[ids + k], work[lefts + k], work[helds + k] = r, left, held
+    _sum_profile(e, n + 1)
+    return n + 1
 
 
 @njit
 def _peak_fits(e: Engine, r: int, n: int) -> bool:
     """Whether the KV cache suffices at every coming completion if r is admitted and all decode in lock-step.
 
-    Memory only grows between completions, so these are the times to check (MC-SF, arXiv 2502.07115): when the request with d decode
-    steps left completes, those with at least as many left hold what they hold now plus d tokens each.
+    Memory only grows between completions, so these are the times to check (MC-SF, arXiv 2502.07115): when the request with d tokens left
+    completes, those with at least as many left hold what they hold now plus d tokens each. O(log n), by bisection.
     """
-    held, left = _held_and_left(e, r)
     work = e.work
+    _, lefts, _, sums, needs = _columns(e)
+    held, left = np.float64(_held(e, e.req[r])), np.float64(_remaining(e, e.req[r]))
     capacity = np.float64(e.s.kv_blocks * e.s.block_size)
-    total = 0.0
-    count = 0.0
-    placed = False
-    for k in range(n + 1):
-        if not placed and (k == n or work[2 * k] < left):
-            placed = True
-            total += held
-            count += 1.0
-            if total + count * left > capacity:
-                return False
-        if k < n:
-            total += work[2 * k + 1]
-            count += 1.0
-            if total + count * work[2 * k] > capacity:
-                return False
-    return True
+    if work[_WORST] > capacity:
+        return False
+    longer = _rows_above(work, lefts, n, left)
+    if longer < n and work[needs + longer] + held > capacity:  # those that complete while r is there
+        return False
+    with_r = _rows_above(work, lefts, n, left - 0.5)  # those that are there when r completes; lengths are whole numbers
+    total = work[sums + with_r - 1] if with_r > 0 else 0.0
+    return bool(total + held + (with_r + 1) * left <= capacity)
+
+
+@njit
+def _rows_above(work, column: int, n: int, value: float) -> int:  # type: ignore[no-untyped-def]
+    """How many of the first n numbers of a descending column are greater than `value`."""
+    low, high = 0, n
+    while low < high:
+        middle = (low + high) // 2
+        if work[column + middle] > value:
+            low = middle + 1
+        else:
+            high = middle
+    return low

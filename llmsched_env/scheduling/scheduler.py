@@ -13,6 +13,7 @@ from llmsched_env.core.config import EngineConfig
 from llmsched_env.core.engine import Order
 from llmsched_env.core.requests import Requests
 from llmsched_env.core.state import Engine, Hold, engine_dtype
+from llmsched_env.scheduling.routine import profile_size
 from llmsched_env.scheduling.settings import Budget, Peak, Routine, Settings, Sort, Victim, policy_fields
 
 ENGINE = engine_dtype(policy_fields())
@@ -25,7 +26,7 @@ DEFAULTS: dict[str, Any] = {
     "preemption": "recompute",
     "async_scheduling": False,
 }
-_PREDICTING = {Order.OUTPUT, Order.TOTAL, Order.AREA, Order.REMAINING, Order.BOOST}
+_PREDICTING = {Order.OUTPUT, Order.TOTAL, Order.AREA, Order.REMAINING, Order.LOWER_BOUND}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +70,13 @@ class Scheduler:
     def needs_predictions(self) -> bool:
         """Whether it decides with predicted lengths, so that requests without one are an error."""
         s = self.settings
-        return self.uses_predictions or s.order in _PREDICTING or s.peak is Peak.PREDICTED or s.protect_after != float("inf")
+        believed = s.peak in (Peak.PREDICTED, Peak.LOWER_BOUND) or Hold.PREDICTED in (s.test, s.hold)
+        return self.uses_predictions or s.order in _PREDICTING or believed or s.protect_after != float("inf")
 
     def work_size(self, num_requests: int, num_clients: int) -> int:
         """float64 numbers of workspace for so many requests and clients."""
         own = self.workspace(num_requests, num_clients) if self.workspace is not None else 0
-        return max(own, 2 * num_requests + 4 if self.settings.peak is not Peak.NONE else 0)
+        return max(own, profile_size(num_requests) if self.settings.peak is not Peak.NONE else 0)
 
     def least_blocks(
         self, requests: Requests, stop: NDArray[np.int32], limit: NDArray[np.int32], config: EngineConfig
@@ -115,6 +117,8 @@ class Scheduler:
         s = self.settings
         if self.plan is not None or s.prefill_interval > 1:
             return 0
+        if s.routine in (Routine.SORTED_F, Routine.WAIT, Routine.SLAI):
+            return 1
         if s.routine is not Routine.UNIFIED:
             return 0
         moving = s.peak is not Peak.NONE or s.admission_preempts or s.budget_rule is not Budget.FIXED or s.preempt_for_priority

@@ -26,9 +26,7 @@ class Routine(enum.IntEnum):
     VTC = 7
     RANKED = 8  # LTR
     SORTED_F = 9
-    A_MIN = 10
     WAIT = 11
-    RAD = 12
     SLAI = 13
     SIMPLE_CHUNKING = 14
 
@@ -53,6 +51,7 @@ class Victim(enum.IntEnum):
     SHORTEST = 2  # fewest KVs among those not in the plan ("SRF"), newest among equals
     LONGEST = 3  # most KVs among those not in the plan ("LRF")
     KEY = 4  # the last in the queue's order, among those not in the plan
+    LEAST_KEY = 5  # the first in the queue's order, even if it is in the plan already (A_min)
 
 
 class Sort(enum.IntEnum):
@@ -65,10 +64,10 @@ class Sort(enum.IntEnum):
 
 
 class Budget(enum.IntEnum):
-    """How many prefill tokens an iteration may hold."""
+    """How many tokens an iteration may hold."""
 
     FIXED = 0
-    LOAD_ADAPTIVE = 1  # grows with the prompt tokens that wait
+    PRESSURE = 1  # `budget_low` while at least two prefills are under way or wait and somebody decodes (P-PAS)
 
 
 class Peak(enum.IntEnum):
@@ -77,6 +76,7 @@ class Peak(enum.IntEnum):
     NONE = 0
     PREDICTED = 1  # with predicted lengths
     TRUE = 2  # with true lengths
+    LOWER_BOUND = 3  # with the lower bounds of the order of that name (A_min)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +105,8 @@ class Settings:
         admit_while_swapped: whether new requests are admitted while some are in the CPU tier.
         defer_victims: whether a victim enters the queue only when the plan is complete.
         backfill: how many requests beyond the first that does not fit are tried; 0: strict head-of-line blocking.
+        backfill_within: with that, only requests whose key is at most so many times that of the first that
+            does not fit.
         victim: who is preempted.
         sort: how the running list is ordered.
         free_block_for_decode: whether every decode needs a free block even if it crosses no block boundary (vLLM v0, Sarathi-Serve).
@@ -116,14 +118,16 @@ class Settings:
         preempt_for_priority: vLLM v0's priority policy.
         max_batch_requests: most requests in one iteration; 0: no limit.
         prefill_interval: iterations between two that carry prefills (vLLM V1: prefill_schedule_interval).
-        budget_rule: how the budget of prefill tokens is set.
-        budget_low, budget_high: its range in tokens, for rules that move it.
+        budget_rule: how the token budget of an iteration is set.
+        budget_low: the smaller budget, for rules that move it between that and the engine's.
         peak: the forward-looking admission test.
         length_classes: SRF+Hist: admit a prompt of a length class only if its mean total would fit.
         hist_threshold: smallest prompt for which that holds.
-        boost_gamma: gamma of the `BOOST` order, per token.
+        boost_gamma: gamma of the `BOOST` order, per second.
+        boost_s_per_token: seconds that it takes a prefill token to need.
+        lower_bound: share of the predicted output that the `LOWER_BOUND` order and test take for sure.
         stop_one_later: whether an answer ends when it exceeds the model length rather than when it reaches it (vLLM v0).
-        x: up to 16 numbers for routines of their own.
+        x: what a routine of its own is set by: a dataclass of up to 16 numbers, or a tuple of them.
     """
 
     routine: Routine = Routine.UNIFIED
@@ -144,6 +148,7 @@ class Settings:
     admit_while_swapped: bool = False
     defer_victims: bool = False
     backfill: int = 0
+    backfill_within: float = float("inf")
     victim: Victim = Victim.NEWEST
     sort: Sort = Sort.ADMISSION
     free_block_for_decode: bool = False
@@ -157,37 +162,51 @@ class Settings:
     prefill_interval: int = 1
     budget_rule: Budget = Budget.FIXED
     budget_low: int = 0
-    budget_high: int = 0
     peak: Peak = Peak.NONE
     length_classes: bool = False
     hist_threshold: int = 0
     boost_gamma: float = 0.0
+    boost_s_per_token: float = 0.0
+    lower_bound: float = 1.0
     stop_one_later: bool = False
-    x: tuple[float, ...] = ()
+    x: Any = ()
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.passes) <= 4:
             raise InputError(f"a scheduler makes 1 to 4 passes, not {len(self.passes)}")
-        for name in ("chunk_cap", "backfill", "max_batch_requests", "budget_low", "budget_high", "hist_threshold"):
+        for name in ("chunk_cap", "backfill", "max_batch_requests", "budget_low", "hist_threshold"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must not be negative, not {getattr(self, name)}")
         if self.prefill_interval < 1:
             raise InputError(f"prefill_interval must be at least 1, not {self.prefill_interval}")
-        if self.order is Order.BOOST and not self.boost_gamma > 0:
-            raise InputError(f"the order BOOST needs a positive boost_gamma, not {self.boost_gamma}")
-        if self.budget_rule is not Budget.FIXED and not 1 <= self.budget_low <= self.budget_high:
-            raise InputError(f"budget_low {self.budget_low} to budget_high {self.budget_high} is not a range of at least 1 token")
-        if len(self.x) > _X:
-            raise InputError(f"x holds at most {_X} numbers, not {len(self.x)}")
+        if self.order is Order.BOOST and not (self.boost_gamma > 0 and self.boost_s_per_token > 0):
+            both = f"{self.boost_gamma} and {self.boost_s_per_token}"
+            raise InputError(f"the order BOOST needs boost_gamma and boost_s_per_token above 0, not {both}")
+        if self.budget_rule is not Budget.FIXED and self.budget_low < 1:
+            raise InputError(f"budget_low must be at least 1 token, not {self.budget_low}")
+        if not 0 < self.lower_bound <= 1:
+            raise InputError(f"lower_bound must be a share of the prediction in (0, 1], not {self.lower_bound}")
+        if len(_numbers(self.x)) > _X:
+            raise InputError(f"x holds at most {_X} numbers, not {len(_numbers(self.x))}")
 
     def replace(self, **changes: Any) -> Settings:
-        """A copy with some settings changed. Values may be text, as from a command line; unknown names are an `InputError`."""
-        fields = {f.name: f for f in dataclasses.fields(self)}
-        parsed = {}
+        """A copy with some settings changed, those in `x` included.
+
+        Values may be text, as from a command line; unknown names are an `InputError`.
+        """
+        own = [f.name for f in dataclasses.fields(self.x)] if dataclasses.is_dataclass(self.x) else []
+        known = [f.name for f in dataclasses.fields(self) if f.name not in ("routine", "x")]
+        parsed: dict[str, Any] = {}
+        x: dict[str, Any] = {}
         for name, value in changes.items():
-            if name not in fields or name in ("routine", "x"):
-                raise unknown("scheduler setting", name, [n for n in fields if n not in ("routine", "x")])
-            parsed[name] = _parse(name, value, getattr(self, name))
+            if name in own:
+                x[name] = _parse(name, value, getattr(self.x, name))
+            elif name in known:
+                parsed[name] = _parse(name, value, getattr(self, name))
+            else:
+                raise unknown("scheduler setting", name, own + known)
+        if x:
+            parsed["x"] = dataclasses.replace(self.x, **x)
         return dataclasses.replace(self, **parsed)
 
     def pack(self, record: Any) -> None:
@@ -198,12 +217,17 @@ class Settings:
                 for i in range(4):
                     record[f"pass{i}"] = value[i] if i < len(value) else Pass.NONE
             elif field.name == "x":
-                record["x"][: len(value)] = value
+                record["x"][: len(_numbers(value))] = _numbers(value)
             else:
                 record[field.name] = value
 
 
 _X = 16
+
+
+def _numbers(x: Any) -> tuple[float, ...]:
+    """The numbers of `x`, by position."""
+    return tuple(float(v) for v in (dataclasses.astuple(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else x))
 
 
 def policy_fields() -> list[tuple[Any, ...]]:
