@@ -180,7 +180,7 @@ def profile(profile: Profile, path: Path) -> None:
 
 def _looks(suite: Suite) -> dict[str, dict[str, Any]]:
     """How each scheduler is drawn: up to ten, or those of the quick suite, its own way, others in grey."""
-    from baselines.bench import QUICK
+    from baselines.bench import BASELINE, QUICK
 
     named = [name for name in suite.schedulers if len(suite.schedulers) <= len(COLOURS) or name in QUICK]
     looks: dict[str, dict[str, Any]] = {}
@@ -188,7 +188,8 @@ def _looks(suite: Suite) -> dict[str, dict[str, Any]]:
         if name not in named:
             looks[name] = {"color": OTHERS, "marker": ".", "linewidth": 0.7, "zorder": 1, "label": None}
     for i, name in enumerate(named):
-        looks[name] = {"color": COLOURS[i], "marker": MARKERS[i], "zorder": 2, "label": name}
+        above = 3 if name == BASELINE else 2
+        looks[name] = {"color": COLOURS[i], "marker": MARKERS[i], "zorder": above, "label": name}
     return looks
 
 

@@ -60,10 +60,10 @@ def test_summary_gives_means_intervals_and_paired_differences(outcome: bench.Out
     values = runs["orca"].to_numpy()
     half = stats.t.ppf(0.975, 2) * stats.sem(values)
     assert row["latency_mean"] == pytest.approx(values.mean())
-    assert row["latency_mean_ci"] == pytest.approx(half, rel=3e-4)
+    assert row["latency_mean_ci"] == pytest.approx(half, rel=1e-4)
     change = values / runs["vllm-v1"].to_numpy() - 1
     assert row["latency_mean_change"] == pytest.approx(change.mean())
-    assert row["latency_mean_change_ci"] == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem(change), rel=3e-4)
+    assert row["latency_mean_change_ci"] == pytest.approx(stats.t.ppf(0.975, 2) * stats.sem(change), rel=1e-4)
     base = summary.query("scheduler == 'vllm-v1'")
     assert (base["latency_mean_change"] == 0).all() and (base["latency_mean_change_ci"] == 0).all()
 
@@ -73,7 +73,7 @@ def test_interval_is_students(n: int) -> None:
     values = np.random.default_rng(n).normal(3, 2, n)
     mean, half = bench.interval(values)
     assert mean == pytest.approx(values.mean())
-    assert half == pytest.approx(stats.t.ppf(0.975, n - 1) * stats.sem(values), rel=3e-4)
+    assert half == pytest.approx(stats.t.ppf(0.975, n - 1) * stats.sem(values), rel=1e-4)
 
 
 def test_interval_of_few_values() -> None:
@@ -150,7 +150,7 @@ def test_suites(name: str) -> None:
     assert bench.BASELINE in suite.schedulers
     assert bench.suite(name, schedulers=["sarathi", "sarathi"], seeds=2).schedulers == ("sarathi",)
     assert bench.suite(name, seeds=2).seeds == 2
-    assert set(bench.suite("full").schedulers) == set(baselines.names())
+    assert set(bench.suite("full").schedulers) | set(bench.UNSTABLE) == set(baselines.names())
 
 
 def test_the_command(
