@@ -222,7 +222,7 @@ def capacity_rps(workload: str, profile: str) -> float:
 
 def flat(metrics: dict[str, Any]) -> dict[str, Any]:
     """Metrics with distributions laid out as columns: `latency_mean`, `latency_p50`, ..."""
-    row = {}
+    row: dict[str, Any] = {}
     for name, value in metrics.items():
         row |= {f"{name}_{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
     return row

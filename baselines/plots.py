@@ -151,9 +151,7 @@ def profile(profile: Profile, path: Path) -> None:
 
         batch = np.arange(1.0, 513.0)
         for context, colour in zip((256, 1024, 4096, 16384), COLOURS, strict=False):
-            size = batch
-            if profile.kv_tokens is not None:
-                size = batch[batch * context <= profile.kv_tokens]
+            size = batch[batch * context <= (profile.kv_tokens or np.inf)]
             zero = np.zeros_like(size)
             seconds = profile.time(zero, zero, zero, zero, size, size * context)
             decode.plot(size, 1000 * seconds, color=colour, label=f"{context:,} tokens of context")
@@ -163,8 +161,7 @@ def profile(profile: Profile, path: Path) -> None:
         tokens = np.arange(1.0, 8193.0)
         for cached, colour in zip((0, 4096, 16384), COLOURS, strict=False):
             zero, one = np.zeros_like(tokens), np.ones_like(tokens)
-            context = tokens * (cached + tokens / 2)
-            seconds = profile.time(tokens, one, context, cached * one, zero, zero)
+            seconds = profile.time(tokens, one, tokens * (cached + tokens / 2), cached * one, zero, zero)
             prefill.plot(tokens, 1000 * seconds, color=colour, label=f"{cached:,} tokens cached before")
         prefill.set_xlabel("prompt tokens in one chunk")
         prefill.set_title("prefill of one request", loc="left")
