@@ -296,6 +296,9 @@ def tables(outcome: Outcome, summary: pd.DataFrame) -> list[Table]:
             title=f"{workload} on {profile}, load {suite.table_load:g} of {limit:.2f} requests/s: "
             f"{suite.num_requests} requests, {suite.seeds} seeds, 95 % intervals",
             title_justify="left",
+            caption=f"goodput: requests/s with TTFT up to {suite.ttft_target:g} s and TPOT up to "
+            f"{1000 * suite.tpot_target:g} ms; lengths predicted for schedulers that ask are the true ones",
+            caption_justify="left",
         )
         all_served = "finished" not in rows or (rows["finished"].dropna() == suite.num_requests).all()
         view.add_column("scheduler", no_wrap=True)
