@@ -322,10 +322,10 @@ def grant(e: Engine, r: int, tokens: int) -> bool:
 
 @njit
 def grant_decodes(e: Engine, i: int, skip_prefills: bool) -> int:
-    """`grant` one token each to the running requests from index i on, as long as they decode into a block that they hold.
+    """`grant` one token each to the running requests from index i on, as long as they decode and find a KV block if they need one.
 
     The same as granting them one by one, for the case that is by far the most frequent. Returns the index of the first request that is
-    another case: it prefills (unless those are skipped), needs a block, has a token in flight or a place in the plan, or finds the budget
+    another case: it prefills (unless those are skipped), finds no block, has a token in flight or a place in the plan, or finds the budget
     used up where decodes are limited by it.
     """
     s, req, running, plan = e.s, e.req, e.running, e.plan
@@ -341,13 +341,21 @@ def grant_decodes(e: Engine, i: int, skip_prefills: bool) -> int:
     while i < last:
         r = running[i]
         q = req[r]
-        if q.computed < q.target and skip_prefills:
+        computed = q.computed
+        if computed < q.target and skip_prefills:
             i += 1
             continue
-        if q.computed < q.target or q.computed >= q.blocks * size or q.in_flight > 0 or q.granted > 0:
+        if computed < q.target or q.in_flight > 0 or q.granted > 0:
             break
+        if computed >= q.blocks * size:
+            if s.free < 1:
+                break
+            s.free -= 1
+            q.blocks += 1
+            if s.free_block_for_decode and s.free < 1:
+                last = i + 1  # the next decode would find no free block
         q.granted = 1
-        context += q.computed + 1
+        context += computed + 1
         plan[n] = r
         n += 1
         i += 1
