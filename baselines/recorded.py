@@ -182,7 +182,8 @@ def _sarathi(settings: dict[str, Any], common: dict[str, Any]) -> tuple[Schedule
     }
     if name not in known:
         raise InputError(f"unknown scheduler {name!r} of Sarathi-Serve; known: {', '.join(known)}, vllm")
-    return get(known[name]), EngineConfig(**common, token_budget=settings["chunk_size"])
+    scheduler = get(known[name], **({"empty_turns": True} if name == "simple_chunking" else {}))
+    return scheduler, EngineConfig(**common, token_budget=settings["chunk_size"])
 
 
 def _iterate(lanes: Any, until: float) -> dict[str, Any]:

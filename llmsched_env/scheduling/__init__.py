@@ -19,33 +19,59 @@ from llmsched_env.core.engine import (
     swap_in,
 )
 from llmsched_env.core.lanes import EngineView
-from llmsched_env.core.run import READY, Log, after_plan, before_plan, log_plan, write_log
+from llmsched_env.core.run import READY, SWAPPED_IN, Log, after_plan, before_plan, log_plan, write_log
 from llmsched_env.core.span import span
 from llmsched_env.core.state import Engine, Lanes, engine_at
+from llmsched_env.scheduling.fastserve import plan_fastserve
+from llmsched_env.scheduling.lightllm import plan_lightllm
 from llmsched_env.scheduling.lots import plan_random
+from llmsched_env.scheduling.ranked import plan_ranked
 from llmsched_env.scheduling.routine import plan_unified
 from llmsched_env.scheduling.scheduler import ENGINE, Scheduler
 from llmsched_env.scheduling.settings import Budget, Pass, Peak, Routine, Settings, Sort, Victim
+from llmsched_env.scheduling.sglang import plan_sglang
+from llmsched_env.scheduling.simple_chunking import plan_simple_chunking
 from llmsched_env.scheduling.slai import plan_slai
 from llmsched_env.scheduling.sorted_f import plan_sorted_f
+from llmsched_env.scheduling.tgi import plan_tgi
+from llmsched_env.scheduling.trtllm import plan_trtllm
+from llmsched_env.scheduling.vtc import plan_vtc
 from llmsched_env.scheduling.wait import plan_wait
 
 __all__ = ["ENGINE", "Budget", "Pass", "Peak", "Routine", "Scheduler", "Settings", "Sort", "Victim", "plan", "run_compiled", "run_iteration", "run_lane", "run_python", "run_schedule"]
 
-_RANDOM, _SORTED_F, _WAIT, _SLAI = (int(r) for r in (Routine.RANDOM, Routine.SORTED_F, Routine.WAIT, Routine.SLAI))
+_RANDOM, _FASTSERVE, _SGLANG, _TRTLLM, _LIGHTLLM, _TGI, _VTC, _RANKED = (int(r) for r in list(Routine)[1:9])
+_SORTED_F, _WAIT, _SLAI, _SIMPLE_CHUNKING = (int(r) for r in list(Routine)[9:])
 
 
 @njit
 def plan(e: Engine) -> None:
     """Plan the next iteration by the routine that the engine's settings name."""
-    if e.s.routine == _RANDOM:
+    routine = e.s.routine
+    if routine == _RANDOM:
         plan_random(e)
-    elif e.s.routine == _SORTED_F:
+    elif routine == _FASTSERVE:
+        plan_fastserve(e)
+    elif routine == _SGLANG:
+        plan_sglang(e)
+    elif routine == _TRTLLM:
+        plan_trtllm(e)
+    elif routine == _LIGHTLLM:
+        plan_lightllm(e)
+    elif routine == _TGI:
+        plan_tgi(e)
+    elif routine == _VTC:
+        plan_vtc(e)
+    elif routine == _RANKED:
+        plan_ranked(e)
+    elif routine == _SORTED_F:
         plan_sorted_f(e)
-    elif e.s.routine == _WAIT:
+    elif routine == _WAIT:
         plan_wait(e)
-    elif e.s.routine == _SLAI:
+    elif routine == _SLAI:
         plan_slai(e)
+    elif routine == _SIMPLE_CHUNKING:
+        plan_simple_chunking(e)
     else:
         plan_unified(e)
 
@@ -111,7 +137,9 @@ def run_schedule(  # type: ignore[no-untyped-def]
                 arrive(e, s.clock)
             for k in range(ends[j - 1] if j > 0 else 0, ends[j]):
                 r = requests[k]
-                if tokens[k] <= 0:
+                if tokens[k] == SWAPPED_IN:
+                    swap_in(e, r)
+                elif tokens[k] <= 0:
                     evict(e, r)
                 else:
                     if 0 <= r < len(e.req) and e.req[r].status == SWAPPED:

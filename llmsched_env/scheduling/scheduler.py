@@ -117,10 +117,10 @@ class Scheduler:
         s = self.settings
         if self.plan is not None or s.prefill_interval > 1:
             return 0
-        if s.routine in (Routine.SORTED_F, Routine.WAIT, Routine.SLAI):
-            return 1
-        if s.routine is not Routine.UNIFIED:
+        if s.routine in (Routine.RANDOM, Routine.FASTSERVE, Routine.VTC, Routine.RANKED):
             return 0
+        if s.routine is not Routine.UNIFIED:
+            return 1
         moving = s.peak is not Peak.NONE or s.admission_preempts or s.budget_rule is not Budget.FIXED or s.preempt_for_priority
         merged = s.sort in (Sort.KEY,) or s.victim is Victim.KEY or s.order in (Order.RANDOM, Order.SCORE, Order.ATTAINED)
         return 1 if moving or merged else 2
