@@ -1,9 +1,9 @@
 """The four batch compositions whose stability Dai, Deng, Li and Peng analyse (arXiv 2504.07347v3, section 4).
 
-Their model has no KV-cache limit: give the engine more `kv_blocks` than the workload can fill. A request with
-v_p prefill and v_d decode tokens there is one with v_p prompt and v_d + 1 output tokens here, since the first
-token of an answer comes out of its prefill. The token budget is their b_max, `max_batch_requests` their
-k_max.
+Their model has no KV-cache limit: give the engine more `kv_blocks` than the workload can fill (nobody is
+preempted if you do not). A request with v_p prefill and v_d decode tokens there is one with v_p prompt and
+v_d + 1 output tokens here, since the first token of an answer comes out of its prefill. The token budget is
+their b_max, `max_batch_requests` their k_max.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ENGINE = {"max_num_seqs": 1_000_000, "token_budget": 512}
 
 def _composition(*passes: Pass, mixed: bool) -> Scheduler:
     settings = Settings(
-        passes=passes, mixed=mixed, chunked=mixed, test=Hold.CHUNK, hold=Hold.CHUNK, sort=Sort.ARRIVAL
+        passes=passes, mixed=mixed, chunked=mixed, test=Hold.PEAK, hold=Hold.PEAK, sort=Sort.ARRIVAL
     )
     return Scheduler("", settings, _ENGINE)
 

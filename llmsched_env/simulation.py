@@ -351,7 +351,7 @@ def _broken_rule(requests: Requests, scheduler: Scheduler, lanes: Lanes) -> str:
 
 
 def _status(value: int) -> str:
-    return {
+    words: dict[int, str] = {
         Status.FUTURE: "not there yet",
         Status.WAITING: "waiting",
         Status.RUNNING: "running",
@@ -359,7 +359,8 @@ def _status(value: int) -> str:
         Status.EVICTED: "preempted in this iteration",
         Status.FINISHED: "finished",
         Status.DROPPED: "dropped as too large",
-    }[Status(value)]
+    }
+    return words.get(value, "")  # the messages of other errors are written too, and thrown away
 
 
 def _result(

@@ -36,7 +36,8 @@ def _draw(e: Engine, chance: float) -> bool:
         q = req[order[k]]
         if s.budget <= 0:
             break
-        if q.generated + q.in_flight >= q.limit or random_unit(e) >= chance:
+        short = s.free < 1 and q.computed >= q.blocks * s.block_size  # ended, unseen as yet (async)
+        if short or q.generated + q.in_flight >= q.limit or random_unit(e) >= chance:
             continue
         grant(e, order[k], _random_chunk(e, q.target - q.computed) if q.computed < q.target else 1)
     while s.budget > 0 and s.num_running < s.max_num_seqs and random_unit(e) < chance:

@@ -300,7 +300,7 @@ def _fits(e: Engine, r: int, want: int) -> bool:
     need = max(q.need, blocks_for(e, want)) if s.test == CHUNK else q.need
     if need + watermark(e) > s.free:
         return False
-    if s.length_classes and q.prompt >= s.hist_threshold:
+    if s.length_classes and s.num_running > 0 and q.prompt >= s.hist_threshold:  # alone it fits
         k = length_class(q.prompt)
         if s.class_count[k] > 0:
             return blocks_for(e, int(s.class_total[k] / s.class_count[k])) + watermark(e) <= s.free
@@ -376,7 +376,7 @@ def _preempt_for(e: Engine, r: int, want: int) -> bool:
 def _preemptable(e: Engine, v: int) -> bool:
     """Whether an admission may preempt running request v (TRAIL protects a request that is far enough)."""
     q = e.req[v]
-    return q.generated < e.s.protect_after * q.predicted
+    return e.s.protect_after == np.inf or q.generated < e.s.protect_after * q.predicted
 
 
 @njit

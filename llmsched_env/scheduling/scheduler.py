@@ -13,8 +13,9 @@ from llmsched_env.core.config import EngineConfig
 from llmsched_env.core.engine import Order
 from llmsched_env.core.requests import Requests
 from llmsched_env.core.state import Engine, Hold, engine_dtype
+from llmsched_env.errors import InputError
 from llmsched_env.scheduling.routine import profile_size
-from llmsched_env.scheduling.settings import Budget, Peak, Routine, Settings, Sort, Victim, policy_fields
+from llmsched_env.scheduling.settings import Budget, Pass, Peak, Routine, Settings, Sort, Victim, policy_fields
 
 ENGINE = engine_dtype(policy_fields())
 
@@ -58,8 +59,16 @@ class Scheduler:
         return dataclasses.replace(self, settings=self.settings.replace(**changes))
 
     def resolve(self, config: EngineConfig) -> EngineConfig:
-        """`config` with this scheduler's defaults where it says nothing (KV capacity and model length are left alone)."""
-        return config.or_else(**{**DEFAULTS, **self.engine})
+        """`config` with this scheduler's defaults where it says nothing (KV capacity and model length are left alone).
+
+        Raises:
+            InputError: if the engine is to swap, and this scheduler never brings anybody back from the CPU tier.
+        """
+        resolved = config.or_else(**{**DEFAULTS, **self.engine})
+        own = self.settings.routine is not Routine.UNIFIED and self.engine.get("preemption") == "swap"
+        if resolved.preemption == "swap" and not (own or self.plan or Pass.SWAP_IN in self.settings.passes):
+            raise InputError(f"scheduler {self.name} does not swap; choose preemption='recompute'")
+        return resolved
 
     def pack(self, record: Any) -> None:
         """Write the settings into an engine's record."""
