@@ -90,8 +90,9 @@ def hold_tokens(e: Engine, q, hold: int) -> int:  # type: ignore[no-untyped-def]
     if hold == PEAK:
         return q.prompt + q.stop - 1
     if hold == PREDICTED:
-        whole = e.s.kv_blocks * e.s.block_size  # who is predicted to need more than all gets all, alone
-        return max(known, min(q.prompt + min(int(np.ceil(q.predicted)), q.limit) - 1, whole))
+        whole = (e.s.kv_blocks - e.s.watermark_blocks) * e.s.block_size  # who is predicted to need more gets all, alone
+        answer = int(np.ceil(min(q.predicted, np.float64(q.limit))))
+        return max(known, min(q.prompt + answer - 1, whole))
     if hold == DECLARED:
         return max(known, q.prompt + q.limit - 1)
     return e.s.max_model_len
@@ -171,8 +172,8 @@ def queue_key(e: Engine, r: int) -> float:
 
 @njit
 def _need(e: Engine, q) -> int:  # type: ignore[no-untyped-def]
-    """Blocks that must be free to admit q; for a test on the chunk alone at least one."""
-    return max(1, blocks_for(e, hold_tokens(e, q, e.s.test)))
+    """Blocks that must be free to admit q, those that it holds included; for a test on the chunk alone at least one."""
+    return max(1, blocks_for(e, max(hold_tokens(e, q, e.s.test), hold_tokens(e, q, e.s.hold))))
 
 
 @njit
@@ -188,7 +189,7 @@ def enter_queue(e: Engine, r: int, place: int) -> None:
     elif place == _END or s.order == _FIFO:
         s.queue_back += 1
         q.key = np.inf if s.order != _FIFO else 0.0
-        q.order = s.queue_back
+        q.order = len(e.req) + s.queue_back  # behind those with an infinite key of their own
     else:
         q.key = queue_key(e, r)
         q.order = q.rank
@@ -555,6 +556,7 @@ def _account(e: Engine, dt: float) -> None:
     s.total_decode += s.decodes
     s.batch_sum += s.num_planned
     s.kv_seconds += s.kv_tokens * dt
+    s.logged_kv = s.kv_tokens
 
 
 @njit

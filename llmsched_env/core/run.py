@@ -387,11 +387,14 @@ def after_plan(e: Engine, log: Log, last: int, horizon: float, skip: int) -> int
     end_plan(e)
     if s.error != 0:
         return ERROR
+    idle = s.num_planned == 0 and s.num_victims == 0 and s.num_swapped_in == 0
+    if len(log.rows) > 0 and not idle:
+        log_plan(e, log)
     seen = s.visible
     if s.asynchronous:
         collect(e)
         seen = s.clock
-    if s.num_planned == 0 and s.num_victims == 0 and s.num_swapped_in == 0:
+    if idle:
         if s.visible < seen:  # plan again with what has been seen meanwhile
             s.visible = seen
         elif s.arrived < len(e.req):
@@ -406,9 +409,6 @@ def after_plan(e: Engine, log: Log, last: int, horizon: float, skip: int) -> int
             return _give_up(e, STUCK)
         return READY
     start = s.clock
-    if len(log.rows) > 0:
-        log_plan(e, log)
-        s.logged_kv = s.kv_tokens + s.prefill_tokens + s.decodes
     if s.asynchronous:
         execute_behind(e)
     else:

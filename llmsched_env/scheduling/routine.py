@@ -23,7 +23,7 @@ from llmsched_env.core.engine import (
     queue_key,
     swap_in,
 )
-from llmsched_env.core.state import Engine, Level, Status
+from llmsched_env.core.state import Engine, Level, Listing, Status
 from llmsched_env.scheduling.settings import Budget, Pass, Peak, Sort, Victim
 
 _WAITING, _RUNNING = int(Status.WAITING), int(Status.RUNNING)
@@ -35,6 +35,7 @@ _SORT_ADMISSION, _SORT_ARRIVAL, _SORT_KV, _SORT_KEY = (int(v) for v in Sort)
 _PRESSURE = int(Budget.PRESSURE)
 _PEAK_NONE, _PEAK_PREDICTED, _PEAK_TRUE, _PEAK_LOWER_BOUND = (int(v) for v in Peak)
 
+_NEW_FIRST = int(Listing.NEW_FIRST)
 _LEFT_OVER, _SWAPPED_IN, _DECODED, _PREFILLED, _NEW = (int(v) for v in Level)
 
 
@@ -44,7 +45,7 @@ def plan_unified(e: Engine) -> None:
     s = e.s
     if s.sort != _SORT_ADMISSION:
         sort_running(e)
-    if s.reorder_chunked:
+    if s.reorder_chunked or s.listing == _NEW_FIRST:
         for k in range(s.num_running):
             e.req[e.running[k]].level = _LEFT_OVER
     cap = chunk_cap(e)
@@ -68,8 +69,7 @@ def plan_unified(e: Engine) -> None:
             if s.preempt_for_priority and s.prefill_requests == 0:
                 _preempt_for_priority(e)
         elif what == _SWAP_IN:
-            if s.mixed or s.prefill_requests == 0:
-                _swap_in(e)
+            _swap_in(e)
         elif what == _MERGED:
             _visit_merged(e, cap)
     if s.reorder_chunked:
@@ -95,28 +95,17 @@ def visit_running(e: Engine, what: int, cap: int, held: bool) -> None:
             i = grant_decodes(e, i, what == _DECODES or held)
             if i >= s.num_running:
                 break
-        if s.budget <= 0 and s.limit_decodes:
+        if s.budget <= 0 and s.limit_decodes and s.limit_prefills:
             break
-        if s.max_batch_requests > 0 and s.num_planned >= s.max_batch_requests:
+        if _batch_full(e):
             break
         r = running[i]
         q = req[r]
-        if q.granted > 0:
+        passed_over = (what == _DECODES or held) if q.computed < q.target else what == _CHUNKS
+        want = 0 if passed_over or q.granted > 0 else _wanted(e, q, cap)
+        if want <= 0:
             i += 1
             continue
-        want = 1
-        if q.computed < q.target:
-            if what == _DECODES or held:
-                i += 1
-                continue
-            want = _chunk(e, q.target - q.computed, cap)
-            if want <= 0:
-                i += 1
-                continue
-        else:
-            if what == _CHUNKS or q.generated + q.in_flight >= q.limit:  # nothing of it is left to compute
-                i += 1
-                continue
         i = make_room(e, i, want)
         if i < 0:  # it had to go itself
             i = -1 - i
@@ -133,6 +122,20 @@ def _chunk(e: Engine, rest: int, cap: int) -> int:
     if not s.limit_prefills or want <= s.budget:
         return want
     return max(0, s.budget) if s.chunked else 0
+
+
+@njit
+def _wanted(e: Engine, q, cap: int) -> int:  # type: ignore[no-untyped-def]
+    """Tokens that running request q can use now: a chunk, or 1; 0 if the budget is used up, or nothing of it is left to compute."""
+    s = e.s
+    if q.computed < q.target:
+        return _chunk(e, q.target - q.computed, cap)
+    return 0 if q.generated + q.in_flight >= q.limit or (s.limit_decodes and s.budget <= 0) else 1
+
+
+@njit
+def _batch_full(e: Engine) -> bool:
+    return 0 < e.s.max_batch_requests <= e.s.num_planned
 
 
 @njit
@@ -176,7 +179,8 @@ def _victim(e: Engine, i: int) -> int:
             if _outranks(e, w, v):
                 worst = k
         elif s.victim == _LEAST_KEY:
-            if queue_key(e, v) < queue_key(e, w):
+            a, b = queue_key(e, v), queue_key(e, w)
+            if a < b or (a == b and v < w):
                 worst = k
         elif req[v].granted == 0:
             if s.victim == _SHORTEST:
@@ -217,19 +221,17 @@ def _sorts_after(e: Engine, a: int, b: int) -> bool:
 @njit
 def _reorder_chunked(e: Engine) -> None:
     """vLLM v0's running list after a chunked iteration: left-overs, swapped in, decodes, prefills, new prefills."""
-    s, req, running, scratch = e.s, e.req, e.running, e.pending
-    for k in range(s.num_running):
-        q = req[running[k]]
+    req, running = e.req, e.running
+    for i in range(e.s.num_running):
+        r = running[i]
+        q = req[r]
         if q.level != _SWAPPED_IN and q.level != _NEW:
             q.level = _LEFT_OVER if q.granted == 0 else _DECODED if q.computed >= q.target else _PREFILLED
-    n = 0
-    for level in range(5):
-        for k in range(s.num_running):
-            if req[running[k]].level == level:
-                scratch[n] = running[k]
-                n += 1
-    for k in range(n):
-        running[k] = scratch[k]
+        k = i - 1
+        while k >= 0 and req[running[k]].level > q.level:
+            running[k + 1] = running[k]
+            k -= 1
+        running[k + 1] = r
 
 
 # ---------------------------------------------------------------------------------------------------------------- admission
@@ -248,16 +250,18 @@ def admit(e: Engine, cap: int) -> None:
     while r >= 0 and req[r].key <= last_key:
         if s.limit_prefills and s.budget <= 0:
             break
-        if s.max_batch_requests > 0 and s.num_planned >= s.max_batch_requests:
+        if _batch_full(e):
             break
         q = req[r]
         rest = q.evicted_rest if q.evicted_at == s.iterations else known_tokens(q)
         want = _chunk(e, rest, cap)
         if want <= 0:
             break
-        room = s.num_running < s.max_num_seqs and _fits(e, r, want)
+        room = s.num_running < s.max_num_seqs and _fits(e, r, want, s.free, s.num_running)
         if not room and s.admission_preempts:
             room = _preempt_for(e, r, want)
+            if room:
+                profile = 0
         if room and s.peak != _PEAK_NONE and s.num_running > 0:  # alone it fits
             if profile == 0:
                 profile = _build_profile(e)
@@ -294,17 +298,17 @@ def _at_or_after(e: Engine, r: int) -> int:
 
 
 @njit
-def _fits(e: Engine, r: int, want: int) -> bool:
-    """Whether the free blocks take request r, as `test` asks, above the watermark."""
+def _fits(e: Engine, r: int, want: int, free: int, running: int) -> bool:
+    """Whether `free` blocks take request r, as `test` asks, above the watermark, while so many requests run."""
     s, q = e.s, e.req[r]
     need = max(q.need, blocks_for(e, want)) if s.test == CHUNK else q.need
-    if need + watermark(e) > s.free:
-        return False
-    if s.length_classes and s.num_running > 0 and q.prompt >= s.hist_threshold:  # alone it fits
+    if s.length_classes and running > 0 and q.prompt >= s.hist_threshold:  # alone it fits
         k = length_class(q.prompt)
         if s.class_count[k] > 0:
-            return blocks_for(e, int(s.class_total[k] / s.class_count[k])) + watermark(e) <= s.free
-    return True
+            need = max(need, blocks_for(e, int(s.class_total[k] / s.class_count[k])))
+    if s.watermark_when_idle or running > 0:
+        need += s.watermark_blocks
+    return need <= free
 
 
 @njit
@@ -347,27 +351,26 @@ def _under_pressure(e: Engine) -> bool:
 
 @njit
 def _preempt_for(e: Engine, r: int, want: int) -> bool:
-    """Preempt running requests that come after waiting request r in the order until r fits; nobody, if that would not do."""
+    """Preempt running requests whose key is above that of waiting request r, the last in the order first, until r fits; nobody, if
+    that would not do."""
     s, req, running = e.s, e.req, e.running
     key = req[r].key
-    room = s.free - watermark(e)
-    seats = s.max_num_seqs - s.num_running
-    need = max(req[r].need, blocks_for(e, want))
+    free, left = s.free, s.num_running
     for k in range(s.num_running):
         v = running[k]
         if _preemptable(e, v) and queue_key(e, v) > key:
-            room += req[v].blocks
-            seats += 1
-    if room < need or seats < 1:
+            free += req[v].blocks
+            left -= 1
+    if left >= s.max_num_seqs or not _fits(e, r, want, free, left):
         return False
-    while s.num_running >= s.max_num_seqs or not _fits(e, r, want):
-        worst = -1
+    while s.num_running >= s.max_num_seqs or not _fits(e, r, want, s.free, s.num_running):
+        worst, worst_key = -1, key
         for k in range(s.num_running):
             v = running[k]
-            if _preemptable(e, v) and (worst < 0 or queue_key(e, v) > queue_key(e, worst)):
-                worst = v
-        if worst < 0 or queue_key(e, worst) <= key:
-            return False
+            if _preemptable(e, v):
+                own = queue_key(e, v)
+                if own > worst_key or (own == worst_key and v > worst >= 0):
+                    worst, worst_key = v, own
         evict(e, worst)
     return True
 
@@ -429,13 +432,16 @@ def _swap_in(e: Engine) -> None:
         r = e.swapped[0]
         q = e.req[r]
         want = max(1, q.target - q.computed)
-        if want > s.budget or s.free - (q.computed // s.block_size + 1) < s.watermark_blocks:
+        if want > s.budget or _batch_full(e):
             break
-        if not swap_in(e, r):
+        if not s.mixed and (s.decodes if q.computed < q.target else s.prefill_requests) > 0:
             break
+        need = max(q.computed // s.block_size + 1, blocks_for(e, max(q.computed + want, q.hold)))
+        if need + watermark(e) > s.free:
+            break
+        swap_in(e, r)
         q.level = _SWAPPED_IN
-        if not grant(e, r, want):
-            break
+        grant(e, r, want)
 
 
 @njit
@@ -444,7 +450,7 @@ def _visit_merged(e: Engine, cap: int) -> None:
     s, req = e.s, e.req
     closed = False  # whether a waiting request has failed to fit
     i = 0
-    while s.budget > 0:
+    while s.budget > 0 and not _batch_full(e):
         while i < s.num_running and req[e.running[i]].granted > 0:
             i += 1
         head = -1 if closed else queue.first(e)
@@ -453,8 +459,10 @@ def _visit_merged(e: Engine, cap: int) -> None:
             break
         if running and (head < 0 or queue_key(e, e.running[i]) <= req[head].key):
             r = e.running[i]
-            q = req[r]
-            want = min(q.target - q.computed, min(cap, s.budget)) if q.computed < q.target else 1
+            want = _wanted(e, req[r], cap)
+            if want <= 0:
+                i += 1
+                continue
             i = make_room(e, i, want)
             if i >= 0:
                 grant(e, r, want)
@@ -463,8 +471,11 @@ def _visit_merged(e: Engine, cap: int) -> None:
         else:
             q = req[head]
             want = _chunk(e, q.evicted_rest if q.evicted_at == s.iterations else known_tokens(q), cap)
-            if want <= 0 or s.num_running >= s.max_num_seqs or not _fits(e, head, want) or not grant(e, head, want):
+            if want <= 0 or s.num_running >= s.max_num_seqs or not _fits(e, head, want, s.free, s.num_running):
                 closed = True
+            else:
+                q.level = _NEW
+                grant(e, head, want)
 
 
 # ---------------------------------------------------------------------------------------------------------------- looking ahead
