@@ -132,6 +132,24 @@ def infermax_sarathi() -> Scheduler:
     return Scheduler("", _SIMULATED_SARATHI, {**_SIMULATED, "token_budget": 512})
 
 
+@scheduler("infermax-vllm-no-evict")
+def infermax_vllm_no_evict() -> Scheduler:
+    """INFERMAX's vLLM that knows all lengths and reserves the peak at admission: nobody is preempted.
+
+    Source: the public simulator of INFERMAX (arXiv 2411.07447), variant _noe.
+    """
+    return _reserving(infermax_vllm())
+
+
+@scheduler("infermax-sarathi-no-evict")
+def infermax_sarathi_no_evict() -> Scheduler:
+    """INFERMAX's Sarathi that knows all lengths and reserves the peak at admission: nobody is preempted.
+
+    Source: the public simulator of INFERMAX (arXiv 2411.07447), variant _noe.
+    """
+    return _reserving(infermax_sarathi())
+
+
 @scheduler("infermax-sarathi-srf")
 def infermax_sarathi_srf() -> Scheduler:
     """INFERMAX's Sarathi with SRF: the most KVs are served first, the fewest preempted.
