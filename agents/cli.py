@@ -413,7 +413,7 @@ def bench(
     summary = bench.summarise(outcome)
     written = bench.save(outcome, summary, folder)
     for table in bench.tables(outcome, summary):
-        _print(table)
+        _print(table.rich())
     for path in written:
         print(f"wrote {path}")
     if outcome.failures:

@@ -283,61 +283,73 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
     return float(x.mean()), float(t * x.std(ddof=1) / math.sqrt(n))
 
 
-def tables(outcome: Outcome, summary: pd.DataFrame) -> list[Table]:
-    """For each case a table of the schedulers at the suite's `table_load`, best mean latency first."""
-    from rich.table import Table
+@dataclasses.dataclass(frozen=True)
+class CaseTable:
+    """The schedulers on one case at the suite's `table_load`, best mean latency first; all cells are text."""
 
-    suite = outcome.suite
-    views = []
-    for workload, profile in suite.cases:
-        rows = summary.query("workload == @workload and profile == @profile and load == @suite.table_load")
-        limit = capacity_rps(workload, profile)
-        view = Table(
-            title=f"{workload} on {profile}, load {suite.table_load:g} of {limit:.2f} requests/s: "
-            f"{suite.num_requests} requests, {suite.seeds} seeds, 95 % intervals",
-            title_justify="left",
-            caption=f"goodput: requests/s with TTFT up to {suite.ttft_target:g} s and TPOT up to "
-            f"{1000 * suite.tpot_target:g} ms; lengths predicted for schedulers that ask are the true ones",
-            caption_justify="left",
-        )
-        all_served = "finished" not in rows or (rows["finished"].dropna() == suite.num_requests).all()
-        view.add_column("scheduler", no_wrap=True)
-        for heading in (
-            "latency s",
-            f"against {BASELINE} %",
-            "TTFT p50 s",
-            "TTFT p99 s",
-            "TPOT p50 ms",
-            "TPOT p99 ms",
-            "goodput /s",
-            "preemptions",
-            "GPU-s per 1k tokens",
-            *(() if all_served else ("served %",)),
-        ):
-            view.add_column(heading, justify="right")
-        if "latency_mean" in rows:
-            # Who turns requests away comes last: the latency is of those served.
-            rows = rows.sort_values(["finished", "latency_mean"], ascending=[False, True], na_position="last")
-        for _, row in rows.iterrows():
-            if row["seeds"] == 0:
-                view.add_row(row["scheduler"], "failed")
-                continue
-            same = row["scheduler"] == BASELINE
-            view.add_row(
-                row["scheduler"] + (f" ({row['failed']} failed)" if row["failed"] else ""),
-                _with_interval(row, "latency_mean", "{:.2f}"),
-                "" if same else _with_interval(row, "latency_mean_change", "{:+.1f}", 100),
-                f"{row['ttft_p50']:.3f}",
-                _with_interval(row, "ttft_p99", "{:.2f}"),
-                f"{1000 * row['tpot_p50']:.1f}",
-                _with_interval(row, "tpot_p99", "{:.1f}", 1000),
-                f"{row['goodput_rps']:.2f}",
-                f"{row['preemptions']:.0f}",
-                f"{row['gpu_s_per_1k_tokens']:.3f}",
-                *(() if all_served else (f"{100 * row['finished'] / suite.num_requests:.1f}",)),
-            )
-        views.append(view)
-    return views
+    title: str
+    note: str
+    headings: list[str]
+    rows: list[list[str]]
+
+    def rich(self) -> Table:
+        """For a terminal."""
+        from rich.table import Table
+
+        view = Table(title=self.title, caption=self.note, title_justify="left", caption_justify="left")
+        for i, heading in enumerate(self.headings):
+            view.add_column(heading, justify="right" if i else "left", no_wrap=i == 0)
+        for row in self.rows:
+            view.add_row(*row)
+        return view
+
+    def markdown(self) -> str:
+        """For a README."""
+        rule = [":--"] + ["--:"] * (len(self.headings) - 1)
+        lines = (f"| {' | '.join(cells)} |\n" for cells in (self.headings, rule, *self.rows))
+        return f"{self.title}; {self.note}.\n\n{''.join(lines)}"
+
+
+def tables(outcome: Outcome, summary: pd.DataFrame) -> list[CaseTable]:
+    """A table for each case of the suite."""
+    return [_table(outcome.suite, workload, profile, summary) for workload, profile in outcome.suite.cases]
+
+
+def _table(suite: Suite, workload: str, profile: str, summary: pd.DataFrame) -> CaseTable:
+    rows = summary.query("workload == @workload and profile == @profile and load == @suite.table_load")
+    if "latency_mean" in rows:
+        # Who turns requests away comes last: the latency is of those served.
+        rows = rows.sort_values(["finished", "latency_mean"], ascending=[False, True], na_position="last")
+    columns: dict[str, Callable[[pd.Series], str]] = {
+        "scheduler": lambda r: r["scheduler"] + (f" ({r['failed']} failed)" if r["failed"] else ""),
+        "latency s": lambda r: _with_interval(r, "latency_mean", "{:.2f}"),
+        f"against {BASELINE} %": lambda r: (
+            "" if r["scheduler"] == BASELINE else _with_interval(r, "latency_mean_change", "{:+.1f}", 100)
+        ),
+        "TTFT p50 s": lambda r: f"{r['ttft_p50']:.3f}",
+        "TTFT p99 s": lambda r: _with_interval(r, "ttft_p99", "{:.2f}"),
+        "TPOT p50 ms": lambda r: f"{1000 * r['tpot_p50']:.1f}",
+        "TPOT p99 ms": lambda r: _with_interval(r, "tpot_p99", "{:.1f}", 1000),
+        "goodput /s": lambda r: f"{r['goodput_rps']:.2f}",
+        "preemptions": lambda r: f"{r['preemptions']:.0f}",
+        "GPU-s per 1k tokens": lambda r: f"{r['gpu_s_per_1k_tokens']:.3f}",
+    }
+    if "finished" in rows and (rows["finished"].dropna() < suite.num_requests).any():
+        columns["served %"] = lambda r: f"{100 * r['finished'] / suite.num_requests:.1f}"
+    return CaseTable(
+        title=f"{workload} on {profile}, load {suite.table_load:g} of {capacity_rps(workload, profile):.2f} "
+        f"requests/s: {suite.num_requests} requests, {suite.seeds} seeds, 95 % intervals",
+        note=f"goodput: requests/s with TTFT up to {suite.ttft_target:g} s and TPOT up to "
+        f"{1000 * suite.tpot_target:g} ms; lengths predicted for schedulers that ask are the true ones",
+        headings=list(columns),
+        rows=[
+            [
+                cell(row) if row["seeds"] else ("failed" if i else row["scheduler"])
+                for i, cell in enumerate(columns.values())
+            ]
+            for _, row in rows.iterrows()
+        ],
+    )
 
 
 def _with_interval(row: pd.Series, name: str, form: str, scale: float = 1.0) -> str:
@@ -348,7 +360,7 @@ def _with_interval(row: pd.Series, name: str, form: str, scale: float = 1.0) -> 
 
 
 def save(outcome: Outcome, summary: pd.DataFrame, folder: str | Path) -> list[Path]:
-    """Write `runs.csv`, `summary.csv`, `latency.png` and `frontier.png` into `folder`, each whole or not.
+    """Write runs.csv, summary.csv, table.md, latency.png and frontier.png into `folder`, each whole or not.
 
     Raises:
         InputError: the folder cannot be made or written.
@@ -358,9 +370,10 @@ def save(outcome: Outcome, summary: pd.DataFrame, folder: str | Path) -> list[Pa
     folder = Path(folder)
     require_writable_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    writers: dict[str, Callable[[Path], None]] = {
+    writers: dict[str, Callable[[Path], object]] = {
         "runs.csv": lambda path: outcome.runs.to_csv(path, index=False),
         "summary.csv": lambda path: summary.to_csv(path, index=False),
+        "table.md": lambda path: path.write_text("\n".join(t.markdown() for t in tables(outcome, summary))),
     }
     if "latency_mean" in summary:
         writers["latency.png"] = lambda path: plots.latency(outcome.suite, summary, path)

@@ -101,9 +101,11 @@ def test_a_failed_run_is_reported_and_nothing_lost(monkeypatch: pytest.MonkeyPat
     summary = bench.summarise(outcome)
     assert summary.query("scheduler == 'sarathi'")["latency_mean"].notna().all()
     assert summary.query("scheduler == 'orca'")["failed"].tolist() == [3, 3]
-    assert len(bench.save(outcome, summary, tmp_path)) == 4
+    assert len(bench.save(outcome, summary, tmp_path)) == 5
     (table,) = bench.tables(outcome, summary)
-    assert table.row_count == 3
+    assert len(table.rows) == table.rich().row_count == 3
+    assert table.rows[-1] == ["orca"] + ["failed"] * (len(table.headings) - 1)
+    assert table.markdown().count("\n") == 7
 
 
 def test_when_all_fail_there_are_no_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -112,15 +114,25 @@ def test_when_all_fail_there_are_no_pictures(monkeypatch: pytest.MonkeyPatch, tm
     summary = bench.summarise(outcome)
     assert (outcome.runs["error"] == "InputError: no").all()
     assert len(outcome.failures) == 3
-    assert [path.name for path in bench.save(outcome, summary, tmp_path)] == ["runs.csv", "summary.csv"]
-    assert bench.tables(outcome, summary)[0].row_count == 3
+    assert [path.name for path in bench.save(outcome, summary, tmp_path)] == [
+        "runs.csv",
+        "summary.csv",
+        "table.md",
+    ]
+    assert len(bench.tables(outcome, summary)[0].rows) == 3
 
 
 def test_saved_files(outcome: bench.Outcome, tmp_path: Path) -> None:
     folder = tmp_path / "new" / "folder"
     paths = bench.save(outcome, bench.summarise(outcome), folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(path.name for path in paths)
-    assert {path.name for path in paths} == {"runs.csv", "summary.csv", "latency.png", "frontier.png"}
+    assert {path.name for path in paths} == {
+        "runs.csv",
+        "summary.csv",
+        "table.md",
+        "latency.png",
+        "frontier.png",
+    }
     back = pd.read_csv(folder / "runs.csv", float_precision="round_trip")
     np.testing.assert_array_equal(back["latency_mean"], outcome.runs["latency_mean"])
     for name in ("latency.png", "frontier.png"):
@@ -133,7 +145,7 @@ def test_saved_files(outcome: bench.Outcome, tmp_path: Path) -> None:
 def test_the_smallest_suites_can_be_drawn(changes: dict[str, Any], tmp_path: Path) -> None:
     outcome = bench.run(dataclasses.replace(SMALL, **changes))
     summary = bench.summarise(outcome)
-    assert len(bench.save(outcome, summary, tmp_path)) == 4
+    assert len(bench.save(outcome, summary, tmp_path)) == 5
     assert bench.tables(outcome, summary)
 
 
