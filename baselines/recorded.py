@@ -1,7 +1,8 @@
 """Recorded decisions of real schedulers, held against ours iteration by iteration.
 
-A case is a JSON file: `engine` (which system), `config` (its settings), `requests` (arrival_iter, prompt_len, output_len, priority) and
-`iterations` (scheduled tokens in batch order, preempted and finished requests, free blocks). `check` replays it.
+A case is a JSON file: `engine` (which system), `config` (its settings), `requests` (arrival_iter, prompt_len,
+output_len, priority) and `iterations` (scheduled tokens in batch order, preempted and finished requests, free
+blocks). `check` replays it.
 """
 
 from __future__ import annotations
@@ -136,7 +137,9 @@ def _system(engine: str, version: str, settings: dict[str, Any]) -> tuple[Schedu
     raise InputError(f"unknown system {engine!r}; known: vLLM V1, vLLM v0, Sarathi-Serve")
 
 
-def _vllm_v1(version: str, settings: dict[str, Any], common: dict[str, Any]) -> tuple[Scheduler, EngineConfig]:
+def _vllm_v1(
+    version: str, settings: dict[str, Any], common: dict[str, Any]
+) -> tuple[Scheduler, EngineConfig]:
     old = version.startswith("0.11")
     scheduler = get("vllm-v1-0.11" if old else "vllm-v1")
     changes: dict[str, Any] = {
@@ -151,7 +154,9 @@ def _vllm_v1(version: str, settings: dict[str, Any], common: dict[str, Any]) -> 
     if settings.get("max_num_active_seqs"):
         common["max_num_seqs"] = min(common["max_num_seqs"], settings["max_num_active_seqs"])
     config = EngineConfig(
-        **common, token_budget=settings["max_num_batched_tokens"], async_scheduling=bool(settings.get("async_scheduling", False))
+        **common,
+        token_budget=settings["max_num_batched_tokens"],
+        async_scheduling=bool(settings.get("async_scheduling", False)),
     )
     return scheduler.replace(**changes), config
 
@@ -189,7 +194,9 @@ def _sarathi(settings: dict[str, Any], common: dict[str, Any]) -> tuple[Schedule
 def _iterate(lanes: Any, until: float) -> dict[str, Any]:
     """Run one iteration; what was decided, in the vocabulary of the recordings, with requests by index."""
     n = len(lanes.req)
-    log = Log(np.zeros(1, ITERATION), np.zeros(2 * n, np.int32), np.zeros(2 * n, np.int32), np.zeros(2, np.int64))
+    log = Log(
+        np.zeros(1, ITERATION), np.zeros(2 * n, np.int32), np.zeros(2 * n, np.int32), np.zeros(2, np.int64)
+    )
     done = lanes.req["status"] == Status.FINISHED
     before = int(lanes.s[0]["free"])
     planned = run_iteration(lanes, 0, log, until)
@@ -198,7 +205,11 @@ def _iterate(lanes: Any, until: float) -> dict[str, Any]:
     finished = np.flatnonzero((lanes.req["status"] == Status.FINISHED) & ~done).tolist()
     return {
         "scheduled": [(r, t) for r, t in entries if t > 0],
-        "preempted": [(r, "swap" if t == SWAPPED_OUT else "recompute") for r, t in entries if t in (EVICTED, SWAPPED_OUT)],
+        "preempted": [
+            (r, "swap" if t == SWAPPED_OUT else "recompute")
+            for r, t in entries
+            if t in (EVICTED, SWAPPED_OUT)
+        ],
         "finished": finished,
         "free_blocks_before": before,
         "free_blocks_after_schedule": planned,

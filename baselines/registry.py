@@ -1,4 +1,6 @@
-"""The registry of named schedulers: a function each, whose docstring says what it is, which version, and where its rules are from."""
+"""The registry of named schedulers: a function each, whose docstring says what it is, which version, and
+where its rules are from.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ _MAKERS: dict[str, Maker] = {}
 
 
 def scheduler(name: str) -> Callable[[Maker], Maker]:
-    """Register a function that makes the scheduler `name`. Its docstring's first line is the summary, its paragraph `Source: ...` the source."""
+    """Register a function that makes the scheduler `name`. Its docstring's first line is the summary, its
+    paragraph `Source: ...` the source.
+    """
 
     def register(make: Maker) -> Maker:
         if name in _MAKERS:
@@ -39,8 +43,12 @@ def get(name: str, **settings: Any) -> Scheduler:
         raise unknown("scheduler", name, _MAKERS)
     make = _MAKERS[name]
     text = inspect.getdoc(make) or ""
-    source = " ".join(p.removeprefix("Source:").strip() for p in text.split("\n\n") if p.startswith("Source:"))
-    made = dataclasses.replace(make(), name=name, summary=text.split("\n", 1)[0], source=" ".join(source.split()))
+    source = " ".join(
+        p.removeprefix("Source:").strip() for p in text.split("\n\n") if p.startswith("Source:")
+    )
+    made = dataclasses.replace(
+        make(), name=name, summary=text.split("\n", 1)[0], source=" ".join(source.split())
+    )
     return made.replace(**settings) if settings else made
 
 

@@ -1,7 +1,7 @@
 """Schedulers of real serving systems, each as in the version named, as settings of the one routine.
 
-What "recorded" says of a version: the decisions of the real scheduler, recorded iteration by iteration, are reproduced token by token
-(`scripts/check_recorded.py`).
+What "recorded" says of a version: the decisions of the real scheduler, recorded iteration by iteration, are
+reproduced token by token (`scripts/check_recorded.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from llmsched_env.core.engine import Order, Place
 from llmsched_env.core.state import Hold, Listing
 from llmsched_env.scheduling import Pass, Scheduler, Settings, Sort, Victim
 
-# ---------------------------------------------------------------------------------------------------------------- Sarathi-Serve family
+# ---------------------------------------------------------------------- Sarathi-Serve family
 
 _SARATHI = Settings(
     passes=(Pass.DECODES, Pass.CHUNKS, Pass.ADMIT),
@@ -28,9 +28,11 @@ _SARATHI_ENGINE = {"token_budget": 512, "max_num_seqs": 128, "watermark": 0.01}
 
 @scheduler("faster-transformer")
 def faster_transformer() -> Scheduler:
-    """Static batches: whole prompts together, then decodes until all of the batch are done; memory for the longest sequence each.
+    """Static batches: whole prompts together, then decodes until all of the batch are done; memory for the
+    longest sequence each.
 
-    Source: Sarathi-Serve commit 96f9911790ec, scheduler faster_transformer (recorded); it does not pad finished rows.
+    Source: Sarathi-Serve commit 96f9911790ec, scheduler faster_transformer (recorded); it does not pad
+    finished rows.
     """
     settings = Settings(
         passes=(Pass.DECODES, Pass.ADMIT),
@@ -47,16 +49,22 @@ def faster_transformer() -> Scheduler:
 
 @scheduler("orca")
 def orca() -> Scheduler:
-    """Iteration-level batching: all decodes and whole prompts together, memory for the longest sequence reserved at admission.
+    """Iteration-level batching: all decodes and whole prompts together, memory for the longest sequence
+    reserved at admission.
 
     Source: Orca (OSDI 2022) as in Sarathi-Serve commit 96f9911790ec, scheduler orca (recorded).
     """
-    return Scheduler("", dataclasses.replace(faster_transformer().settings, mixed=True, sort=Sort.ARRIVAL), {"max_num_seqs": 128})
+    return Scheduler(
+        "",
+        dataclasses.replace(faster_transformer().settings, mixed=True, sort=Sort.ARRIVAL),
+        {"max_num_seqs": 128},
+    )
 
 
 @scheduler("sarathi")
 def sarathi() -> Scheduler:
-    """Sarathi-Serve: every decode, then prefill chunks up to a token budget (chunk size 512): stall-free batches.
+    """Sarathi-Serve: every decode, then prefill chunks up to a token budget (chunk size 512): stall-free
+    batches.
 
     Source: Sarathi-Serve (OSDI 2024), commit 96f9911790ec, scheduler sarathi (recorded).
     """
@@ -69,7 +77,9 @@ def sarathi_nocp() -> Scheduler:
 
     Source: INFERMAX (arXiv 2411.07447), variant sarathi_nocp, on the rules of Sarathi-Serve.
     """
-    return Scheduler("", dataclasses.replace(_SARATHI, chunked=False), {**_SARATHI_ENGINE, "token_budget": 4096})
+    return Scheduler(
+        "", dataclasses.replace(_SARATHI, chunked=False), {**_SARATHI_ENGINE, "token_budget": 4096}
+    )
 
 
 @scheduler("sarathi-nohy")
@@ -78,7 +88,9 @@ def sarathi_nohy() -> Scheduler:
 
     Source: INFERMAX (arXiv 2411.07447), variant sarathi_nohy, on the rules of Sarathi-Serve.
     """
-    return Scheduler("", dataclasses.replace(_SARATHI, mixed=False), {**_SARATHI_ENGINE, "token_budget": 4096})
+    return Scheduler(
+        "", dataclasses.replace(_SARATHI, mixed=False), {**_SARATHI_ENGINE, "token_budget": 4096}
+    )
 
 
 @scheduler("sarathi-unlimited")
@@ -90,7 +102,7 @@ def sarathi_unlimited() -> Scheduler:
     return Scheduler("", _SARATHI, {**_SARATHI_ENGINE, "token_budget": 4096})
 
 
-# ---------------------------------------------------------------------------------------------------------------- vLLM v0
+# ---------------------------------------------------------------------- vLLM v0
 
 _V0 = Settings(
     passes=(Pass.ADMIT, Pass.DECODES, Pass.SWAP_IN),
@@ -151,7 +163,7 @@ def vllm_v0_chunked() -> Scheduler:
     return Scheduler("", settings, {**_V0_ENGINE, "token_budget": 512})
 
 
-# ---------------------------------------------------------------------------------------------------------------- vLLM V1
+# ---------------------------------------------------------------------- vLLM V1
 
 _V1 = Settings(admit_after_preemption=False, watermark_when_idle=False)
 _V1_ENGINE = {"token_budget": 2048, "max_num_seqs": 256}
@@ -159,9 +171,11 @@ _V1_ENGINE = {"token_budget": 2048, "max_num_seqs": 256}
 
 @scheduler("vllm-v1")
 def vllm_v1() -> Scheduler:
-    """vLLM V1: one token budget for decodes and chunks, a request admitted when its whole known sequence fits.
+    """vLLM V1: one token budget for decodes and chunks, a request admitted when its whole known sequence
+    fits.
 
-    Source: vLLM 0.33.0, Scheduler, synchronous (recorded); budget and slots as its server sets them on an 80 GB A100.
+    Source: vLLM 0.33.0, Scheduler, synchronous (recorded); budget and slots as its server sets them on an 80
+    GB A100.
     """
     return Scheduler("", _V1, _V1_ENGINE)
 
@@ -177,7 +191,8 @@ def vllm_v1_async() -> Scheduler:
 
 @scheduler("vllm-v1-priority")
 def vllm_v1_priority() -> Scheduler:
-    """vLLM V1 with the priority policy: it orders the queue and picks the victims, but nobody is preempted for the queue.
+    """vLLM V1 with the priority policy: it orders the queue and picks the victims, but nobody is preempted
+    for the queue.
 
     Source: vLLM 0.33.0 with scheduling policy "priority" (recorded).
     """
@@ -189,6 +204,7 @@ def vllm_v1_priority() -> Scheduler:
 def vllm_v1_011() -> Scheduler:
     """vLLM V1 of 2025: a request is admitted when its first chunk fits.
 
-    Source: vLLM 0.11.0 (known from its rules). Its bug that a priority victim keeps its tokens in the plan is left out.
+    Source: vLLM 0.11.0 (known from its rules). Its bug that a priority victim keeps its tokens in the plan is
+    left out.
     """
     return Scheduler("", dataclasses.replace(_V1, test=Hold.CHUNK, chunk_cap_alone=True), _V1_ENGINE)

@@ -32,7 +32,8 @@ _OFTEN = 2_000_000  # iterations between two looks at the keyboard
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a run of N requests gave. Arrays per request have shape (N,), times are seconds from the start of the run.
+    """What a run of N requests gave. Arrays per request have shape (N,), times are seconds from the start of
+    the run.
 
     Attributes:
         requests: what arrived.
@@ -41,12 +42,15 @@ class Result:
         gpus: GPUs that the engine occupies.
         capacity: requests/s that the engine could sustain of this workload, if it was asked for by a load.
         first_scheduled_s, first_token_s, finish_s: float64; nan where it did not come to that.
-        generated_tokens: int64; preemptions: int32; recomputed_tokens: int64, dropped from the KV cache and computed again.
+        generated_tokens: int64; preemptions: int32; recomputed_tokens: int64, dropped from the KV cache and
+            computed again.
         iterations_total, preemptions_total: of the whole run.
         busy_s: seconds in which an iteration ran. makespan_s: the end of the last iteration.
-        prefill_tokens, decode_tokens: computed. wasted_tokens: computed for answers that had ended (asynchronous scheduling).
+        prefill_tokens, decode_tokens: computed. wasted_tokens: computed for answers that had ended
+            (asynchronous scheduling).
         batch_mean: requests in an iteration. kv_mean: share of the KV cache in use, averaged over busy time.
-        itl_counts: int64 histogram of inter-token latencies, see `metrics.itl_bin_edges`. itl_sum: their sum, seconds.
+        itl_counts: int64 histogram of inter-token latencies, see `metrics.itl_bin_edges`. itl_sum: their sum,
+            seconds.
         iterations: a record array with a row an iteration (ITERATION), or None.
         schedule: all decisions, or None.
     """
@@ -106,22 +110,25 @@ def simulate(
     """Serve a workload to the end and measure.
 
     Args:
-        workload: requests, or a recipe that draws them (its load is relative to this engine's capacity for it).
+        workload: requests, or a recipe that draws them (its load is relative to this engine's capacity for
+            it).
         scheduler: e.g. `baselines.get("sarathi")`, or one of your own.
         profile: a cost profile or its name.
         engine: engine settings; what is None comes from the scheduler's system and the profile.
         seed: of the engine's own generator, which only schedulers that draw lots use.
         record: "iterations" keeps a row for each iteration, "schedule" also who got how many tokens.
-        skip: how stretches of pure decoding are run: "exact" gives the same bits as "none" faster; "closed" sums them in closed form,
-            equal within rounding (1e-9 relative), where the cost model is linear in the KV reads.
-        oversized: what becomes of a request that can never fit: "error", "drop" (it is never served, and reported unfinished) or "keep" (it
-            waits for ever, and whoever it blocks with it).
+        skip: how stretches of pure decoding are run: "exact" gives the same bits as "none" faster; "closed"
+            sums them in closed form, equal within rounding (1e-9 relative), where the cost model is linear in
+            the KV reads.
+        oversized: what becomes of a request that can never fit: "error", "drop" (it is never served, and
+            reported unfinished) or "keep" (it waits for ever, and whoever it blocks with it).
         horizon_s: the run ends with the first iteration that ends at this time or later.
         max_iterations: the run ends after so many iterations.
 
     Raises:
-        InputError: for contradictory settings, a request that can never fit (by name), missing predictions, or a scheduler that breaks
-            a rule of the engine or stops making progress (with the request, the iteration and the rule).
+        InputError: for contradictory settings, a request that can never fit (by name), missing predictions,
+            or a scheduler that breaks a rule of the engine or stops making progress (with the request, the
+            iteration and the rule).
     """
     return _run(
         *_prepare(workload, scheduler, profile, engine or EngineConfig(), seed, oversized),
@@ -142,21 +149,28 @@ def replay(
 ) -> Result:
     """Run the decisions of a schedule and nothing else; the same engine gives the same times to the last bit.
 
-    `scheduler` is the one that made it, if it was one: only what it reserves at admission and its engine defaults matter.
+    `scheduler` is the one that made it, if it was one: only what it reserves at admission and its engine
+    defaults matter.
 
     Raises:
-        InputError: names the iteration and the rule if the schedule breaks one, or if it leaves requests unfinished.
+        InputError: names the iteration and the rule if the schedule breaks one, or if it leaves requests
+            unfinished.
     """
     made_by = scheduler or Scheduler("schedule")
     prepared = _prepare(workload, made_by, profile, engine or EngineConfig(), 0, "error")
-    return _run(*prepared, record="schedule", skip=Skip.NONE, horizon_s=math.inf, max_iterations=None, follow=schedule)
+    return _run(
+        *prepared, record="schedule", skip=Skip.NONE, horizon_s=math.inf, max_iterations=None, follow=schedule
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- before the run
+# ---------------------------------------------------------------------- before the run
 
 
-def resolve(engine: EngineConfig, scheduler: Scheduler, profile: Profile, longest: int = 2**31 - 1) -> EngineConfig:
-    """Engine settings with the scheduler's defaults, the profile's KV capacity, and as model length that capacity or `longest` (tokens).
+def resolve(
+    engine: EngineConfig, scheduler: Scheduler, profile: Profile, longest: int = 2**31 - 1
+) -> EngineConfig:
+    """Engine settings with the scheduler's defaults, the profile's KV capacity, and as model length that
+    capacity or `longest` (tokens).
 
     Raises:
         InputError: if neither says how large the KV cache is, or settings contradict each other.
@@ -172,7 +186,12 @@ def resolve(engine: EngineConfig, scheduler: Scheduler, profile: Profile, longes
 
 
 def _prepare(
-    workload: Requests | Workload, scheduler: Scheduler, profile: str | Profile, engine: EngineConfig, seed: int, oversized: str
+    workload: Requests | Workload,
+    scheduler: Scheduler,
+    profile: str | Profile,
+    engine: EngineConfig,
+    seed: int,
+    oversized: str,
 ) -> tuple[Requests, Scheduler, Profile, EngineConfig, Capacity | None, Lanes]:
     """Resolve everything and lay the engine out."""
     profile = profiles.get(profile)
@@ -183,13 +202,19 @@ def _prepare(
         if workload.load is not None:
             limit = capacity(workload.moments(), profile.time, resolve(engine, scheduler, profile))
         requests = workload.draw(None if limit is None else limit.rps)
-    config = resolve(engine, scheduler, profile, int((requests.prompt_tokens.astype(np.int64) + requests.declared_tokens).max()))
+    config = resolve(
+        engine,
+        scheduler,
+        profile,
+        int((requests.prompt_tokens.astype(np.int64) + requests.declared_tokens).max()),
+    )
     if scheduler.needs_predictions():
         missing = np.isnan(requests.predicted_tokens)
         if missing.any():
             i = int(np.argmax(missing))
             raise InputError(
-                f"scheduler {scheduler.name} needs predicted lengths, and request {requests.name(i)} has none; choose a prediction"
+                f"scheduler {scheduler.name} needs predicted lengths, and request {requests.name(i)} has none; "
+                "choose a prediction"
             )
     _choice("oversized", oversized, ("error", "drop", "keep"))
     stop, limit_tokens, bad = _fitted(requests, scheduler, config)
@@ -215,21 +240,28 @@ def _prepare(
 def _fitted(
     requests: Requests, scheduler: Scheduler, config: EngineConfig
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.bool_]]:
-    """Where each answer ends, where the engine would end it at the latest, and which requests can never be served."""
+    """Where each answer ends, where the engine would end it at the latest, and who can never be served."""
     settings = scheduler.settings
-    assert config.max_model_len is not None and config.kv_blocks is not None and config.watermark is not None
+    assert config.max_model_len is not None and config.kv_blocks is not None
+    assert config.token_budget is not None
     prompt = requests.prompt_tokens.astype(np.int64)
     longest = config.max_model_len - prompt + (1 if settings.stop_one_later else 0)
     limit = np.minimum(requests.declared_tokens, longest)
     stop = np.minimum(requests.output_tokens, limit)
     bad = longest < 1
     limit, stop = np.maximum(limit, 1), np.maximum(stop, 1)
-    return stop.astype(np.int32), limit.astype(np.int32), bad | (scheduler.least_blocks(requests, stop, limit, config) > config.kv_blocks) | (
-        scheduler.least_budget(requests, stop) > config.token_budget
+    return (
+        stop.astype(np.int32),
+        limit.astype(np.int32),
+        bad
+        | (scheduler.least_blocks(requests, stop, limit, config) > config.kv_blocks)
+        | (scheduler.least_budget(requests, stop) > config.token_budget),
     )
 
 
-def _misfit(requests: Requests, i: int, scheduler: Scheduler, config: EngineConfig, stop: NDArray[np.int32]) -> str:
+def _misfit(
+    requests: Requests, i: int, scheduler: Scheduler, config: EngineConfig, stop: NDArray[np.int32]
+) -> str:
     """Why request i can never be served, and what to do about it."""
     one = requests.take(np.array([i]))
     prompt, output = int(one.prompt_tokens[0]), int(one.output_tokens[0])
@@ -237,18 +269,18 @@ def _misfit(requests: Requests, i: int, scheduler: Scheduler, config: EngineConf
     mend = "; clip or drop it (max_total_tokens, oversized='drop'), or "
     assert config.max_model_len is not None and config.token_budget is not None
     if prompt >= config.max_model_len:
-        return f"{who}its prompt fills the model length of {config.max_model_len} tokens{mend}raise max_model_len"
+        return f"{who}the prompt fills the model length of {config.max_model_len} tokens{mend}raise it"
     budget = int(scheduler.least_budget(one, stop[i : i + 1])[0])
     if budget > config.token_budget:
         return (
-            f"{who}{scheduler.name} does not cut prompts and needs a token budget of {budget}, not {config.token_budget}"
-            f"{mend}raise token_budget"
+            f"{who}{scheduler.name} does not cut prompts and needs a token budget of {budget}, "
+            f"not {config.token_budget}{mend}raise token_budget"
         )
     _, limit, _ = _fitted(one, scheduler, config)
     blocks = int(scheduler.least_blocks(one, stop[i : i + 1], limit, config)[0])
     return (
-        f"{who}{scheduler.name} needs {blocks} KV blocks of {config.block_size} tokens for it, the engine has {config.kv_blocks}"
-        f"{mend}raise kv_blocks (--kv-tokens)"
+        f"{who}{scheduler.name} needs {blocks} KV blocks of {config.block_size} tokens for it, "
+        f"the engine has {config.kv_blocks}{mend}raise kv_blocks (--kv-tokens)"
     )
 
 
@@ -258,7 +290,7 @@ def _choice(name: str, value: Any, known: tuple[Any, ...]) -> Any:
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------- the run
+# ---------------------------------------------------------------------- the run
 
 
 def _run(
@@ -293,7 +325,9 @@ def _run(
     if follow is not None:
         done = int(lanes.s[0]["num_finished"])
         if done < len(requests):
-            raise InputError(f"the schedule ends after {len(follow)} iterations with {len(requests) - done} requests unfinished")
+            raise InputError(
+                f"the schedule ends after {len(follow)} iterations, {len(requests) - done} requests unfinished"
+            )
     return _result(requests, scheduler, profile, config, limit, lanes, log, record)
 
 
@@ -315,7 +349,12 @@ def _runner(scheduler: Scheduler, lanes: Lanes, follow: Schedule | None) -> Any:
 
 def _make_log(record: str | None, num_requests: int, rows: int) -> Log:
     entries = max(4 * rows, 4 * num_requests) if record == "schedule" else 0
-    return Log(np.zeros(rows, ITERATION), np.zeros(entries, np.int32), np.zeros(entries, np.int32), np.zeros(2, np.int64))
+    return Log(
+        np.zeros(rows, ITERATION),
+        np.zeros(entries, np.int32),
+        np.zeros(entries, np.int32),
+        np.zeros(2, np.int64),
+    )
 
 
 def _grow(log: Log, num_requests: int) -> Log:
@@ -326,7 +365,12 @@ def _grow(log: Log, num_requests: int) -> Log:
         grown[: len(array)] = array
         return grown
 
-    return Log(longer(log.rows, 0), longer(log.requests, 4 * num_requests), longer(log.tokens, 4 * num_requests), log.used)
+    return Log(
+        longer(log.rows, 0),
+        longer(log.requests, 4 * num_requests),
+        longer(log.tokens, 4 * num_requests),
+        log.used,
+    )
 
 
 def _broken_rule(requests: Requests, scheduler: Scheduler, lanes: Lanes) -> str:
@@ -342,12 +386,14 @@ def _broken_rule(requests: Requests, scheduler: Scheduler, lanes: Lanes) -> str:
         Error.BUDGET: f"request {name} was given {value} tokens, and the token budget has {limit} left",
         Error.KV: f"request {name} needs {value} more KV blocks, and {limit} are free; preempt somebody first",
         Error.SEQS: f"request {name} was admitted while {value} of at most {limit} requests run",
-        Error.NOT_RESIDENT: f"request {name} is {_status(value)} and cannot be preempted; only running ones can",
-        Error.STUCK: f"nothing is planned, nothing more arrives, and {int(s['num_waiting'])} requests wait, the first of them {name}; "
-        "a scheduler must always serve somebody",
+        Error.NOT_RESIDENT: f"request {name} is {_status(value)}; only running ones can be preempted",
+        Error.STUCK: f"nothing is planned, nothing more arrives, and {int(s['num_waiting'])} requests wait, "
+        f"the first of them {name}; a scheduler must always serve somebody",
         Error.LIVELOCK: f"no token came out for {1_000_000} iterations; {name} is preempted again and again",
     }[Error(int(s["error"]))]
-    return f"scheduler {scheduler.name}, iteration {int(s['iterations'])} at {float(s['clock']):.6g} s: {what}"
+    return (
+        f"scheduler {scheduler.name}, iteration {int(s['iterations'])} at {float(s['clock']):.6g} s: {what}"
+    )
 
 
 def _status(value: int) -> str:
@@ -379,7 +425,10 @@ def _result(
     schedule = None
     if record == "schedule" and rows is not None:
         schedule = Schedule(
-            rows["start_s"].copy(), rows["entries"].copy(), log.requests[: log.used[1]].copy(), log.tokens[: log.used[1]].copy()
+            rows["start_s"].copy(),
+            rows["entries"].copy(),
+            log.requests[: log.used[1]].copy(),
+            log.tokens[: log.used[1]].copy(),
         )
     gaps = req["last_token"] - req["first_token"]
     finish = req["finish"].copy()

@@ -1,9 +1,11 @@
 """How fast the simulator is: iterations and requests per CPU-second, with full metrics, and how that scales.
 
-    python scripts/bench_speed.py [--requests 200000] [--load 0.8] [--profile a100-llama3-8b] [--repeats 5] [--json]
+    python scripts/bench_speed.py [--requests 200000] [--load 0.8] [--profile a100-llama3-8b] [--repeats 5]
+    [--json]
 
-Everything is warmed up first. A figure is the median over the repeats of one whole `simulate` and `metrics` on requests drawn before;
-`iterations_per_cpu_s` and `requests_per_cpu_s` are of the default mode, whose results are those of iterating to the last bit.
+Everything is warmed up first. A figure is the median over the repeats of one whole `simulate` and `metrics`
+on requests drawn before; `iterations_per_cpu_s` and `requests_per_cpu_s` are of the default mode, whose
+results are those of iterating to the last bit.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def draw(num_requests: int, load: float, profile: str, scheduler: str) -> Reques
     """Requests of azure-conv at a load of this engine."""
     workload = workloads.get("azure-conv", num_requests=num_requests, load=load, seed=0)
     chosen = profiles.get(profile)
-    limit = capacity(workload.moments(), chosen.time, resolve(EngineConfig(), baselines.get(scheduler), chosen))
+    limit = capacity(
+        workload.moments(), chosen.time, resolve(EngineConfig(), baselines.get(scheduler), chosen)
+    )
     return workload.draw(limit.rps)
 
 
@@ -66,19 +70,34 @@ def measure(requests: Requests, profile: str, scheduler: str, skip: str, repeats
 
 def peak_rss_mb(num_requests: int, load: float, profile: str, scheduler: str) -> float:
     """Peak memory of a process of its own that draws and serves so many requests."""
-    arguments = [sys.executable, __file__, "--only-memory", "--requests", str(num_requests), "--load", str(load)]
+    arguments = [
+        sys.executable,
+        __file__,
+        "--only-memory",
+        "--requests",
+        str(num_requests),
+        "--load",
+        str(load),
+    ]
     arguments += ["--profile", profile, "--scheduler", scheduler]
     return float(subprocess.run(arguments, check=True, capture_output=True, text=True).stdout)
 
 
 def import_seconds() -> float:
-    """Wall seconds of a warm `import llmsched_env` in a process of its own, the interpreter's start not counted."""
+    """Wall seconds of a warm `import llmsched_env` in a process of its own, the interpreter's start not
+    counted.
+    """
     code = "import time; t = time.perf_counter(); import llmsched_env; print(time.perf_counter() - t)"
-    return min(float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout) for _ in range(3))
+    return min(
+        float(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout)
+        for _ in range(3)
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--requests", type=int, default=200_000)
     parser.add_argument("--load", type=float, default=0.8)
     parser.add_argument("--profile", default="a100-llama3-8b")
@@ -94,11 +113,17 @@ def main() -> None:
         simulate(requests, baselines.get(options.scheduler), options.profile)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
-    simulate(requests.take(slice(0, 1000)), baselines.get(options.scheduler), options.profile).metrics()  # compiled and warm
+    simulate(
+        requests.take(slice(0, 1000)), baselines.get(options.scheduler), options.profile
+    ).metrics()  # compiled and warm
 
-    modes = {skip: measure(requests, *of_engine, skip, options.repeats) for skip in ("exact", "closed", "none")}
+    modes = {
+        skip: measure(requests, *of_engine, skip, options.repeats) for skip in ("exact", "closed", "none")
+    }
     overloaded = measure(draw(options.requests, 2.0, *of_engine), *of_engine, "exact", options.repeats)
-    quarter = measure(draw(options.requests // 4, options.load, *of_engine), *of_engine, "exact", options.repeats)
+    quarter = measure(
+        draw(options.requests // 4, options.load, *of_engine), *of_engine, "exact", options.repeats
+    )
     trace = measure(draw(2000, options.load, *of_engine), *of_engine, "exact", 20)
     default = modes["exact"]
     report = {
@@ -112,7 +137,9 @@ def main() -> None:
         "modes": modes,
         "speedup_exact_over_none": modes["none"]["cpu_s"] / default["cpu_s"],
         "speedup_closed_over_none": modes["none"]["cpu_s"] / modes["closed"]["cpu_s"],
-        "closed_latency_relative_difference": abs(modes["closed"]["mean_latency_s"] / default["mean_latency_s"] - 1),
+        "closed_latency_relative_difference": abs(
+            modes["closed"]["mean_latency_s"] / default["mean_latency_s"] - 1
+        ),
         "load_2": overloaded,
         "load_2_time_per_request_over_this_load": overloaded["cpu_s"] / default["cpu_s"],
         "time_per_request_over_that_of_a_quarter": (default["cpu_s"] / options.requests)
@@ -127,8 +154,10 @@ def main() -> None:
         return
     for skip, figures in modes.items():
         print(
-            f"{skip:7s} {figures['iterations_per_cpu_s'] / 1e6:6.2f} M iterations, {figures['requests_per_cpu_s'] / 1e6:5.2f} M requests per "
-            f"CPU-second; {figures['request_iterations_per_cpu_s'] / 1e6:6.1f} M request-iterations; mean batch {figures['mean_batch']:.1f}"
+            f"{skip:7s} {figures['iterations_per_cpu_s'] / 1e6:6.2f} M iterations, "
+            f"{figures['requests_per_cpu_s'] / 1e6:5.2f} M requests, "
+            f"{figures['request_iterations_per_cpu_s'] / 1e6:6.1f} M request-iterations per CPU-second; "
+            f"mean batch {figures['mean_batch']:.1f}"
         )
     for name in (
         "speedup_exact_over_none",

@@ -1,11 +1,13 @@
-"""INFERMAX's claims (arXiv 2411.07447), recomputed: python scripts/check_infermax.py [--trace AZURE_CONV.csv.gz]
+"""INFERMAX's claims (arXiv 2411.07447), recomputed: python scripts/check_infermax.py [--trace
+AZURE_CONV.csv.gz]
 
-Offline: 1,024 requests at time 0, INFERMAX's cost model of Llama-2-7B on an A100, token budget 4,096, KV cache of M tokens. The ratio is the
-time to serve all of them without preemptions (prompt + output - 1 tokens reserved, true lengths known) over the time with them: above 1,
-preempting wins. `sheet` is an earlier, independent simulation of the same rules; `floor` adds the weight-read floor of 0.29 ms per layer.
+Offline: 1,024 requests at time 0, INFERMAX's cost model of Llama-2-7B on an A100, token budget 4,096, KV
+cache of M tokens. The ratio is the time to serve all of them without preemptions (prompt + output - 1 tokens
+reserved, true lengths known) over the time with them: above 1, preempting wins. `sheet` is an earlier,
+independent simulation of the same rules; `floor` adds the weight-read floor of 0.29 ms per layer.
 
-Online, with a trace of Azure conversations: mean end-to-end latency under SRF and LRF victims and without preemptions against the newest as
-victim, M = 100,000.
+Online, with a trace of Azure conversations: mean end-to-end latency under SRF and LRF victims and without
+preemptions against the newest as victim, M = 100,000.
 """
 
 from __future__ import annotations
@@ -38,10 +40,17 @@ SHEET = {
     (100_000, 1024, 64): (0.96, 0.98),
     (100_000, 1024, 1024): (0.92, 0.93),
 }
-# Model and rules: mean latency against the newest as victim with SRF, LRF and without preemptions; preemptions and refilled tokens.
+# Model and rules: mean latency against the newest as victim with SRF, LRF and without preemptions;
+# preemptions and refilled tokens.
 SHEET_TRACE = {
-    ("infermax-70b-tp4", "infermax-vllm"): "0.888 1.340 0.856; 3629 -> 6408 evictions, 4.02 -> 1.50 M refilled",
-    ("infermax-70b-tp4", "infermax-sarathi"): "0.991 1.049 1.005; 496 -> 973 evictions, 0.41 -> 0.23 M refilled",
+    (
+        "infermax-70b-tp4",
+        "infermax-vllm",
+    ): "0.888 1.340 0.856; 3629 -> 6408 evictions, 4.02 -> 1.50 M refilled",
+    (
+        "infermax-70b-tp4",
+        "infermax-sarathi",
+    ): "0.991 1.049 1.005; 496 -> 973 evictions, 0.41 -> 0.23 M refilled",
     ("infermax-7b", "infermax-vllm"): "0.680 2.110 0.548; 3461 -> 6202 evictions, 3.81 -> 1.43 M refilled",
     ("infermax-7b", "infermax-sarathi"): "0.969 1.140 0.965; 468 -> 899 evictions, 0.39 -> 0.21 M refilled",
 }
@@ -69,7 +78,8 @@ def ratio(m: int, prompt: int, output: int, rules: str, profile: str) -> float:
 
 
 def offline() -> None:
-    print("C1 (paper: at M=100 preempting beats preemption-free by up to 1.9x with vLLM, 2.0x with Sarathi), C2 (at large M it loses)")
+    print("C1 (paper: at M=100 preempting beats preemption-free by up to 1.9x with vLLM, 2.0x with Sarathi)")
+    print("C2 (paper: at large M preemption-free wins)")
     print(f"{'M':>8s}{'I':>6s}{'O':>6s}   {'vLLM':24s}   {'Sarathi':24s}")
     print(f"{'':20s}   {'ours':>8s}{'sheet':>8s}{'floor':>8s}   {'ours':>8s}{'sheet':>8s}{'floor':>8s}")
     ours: dict[tuple[int, int, int], list[float]] = {}
@@ -83,15 +93,20 @@ def offline() -> None:
         print(f"{key[0]:8d}{key[1]:6d}{key[2]:6d}{cells}")
     best = [max(values[i] for key, values in ours.items() if key[0] == 100) for i in range(2)]
     large = [values[i] for key, values in ours.items() if key[0] == 100_000 for i in range(2)]
-    print(f"C1: up to {best[0]:.2f}x (vLLM) and {best[1]:.2f}x (Sarathi) on this grid at M=100: {_verdict(min(best) >= 1.9)}")
-    print(f"C2: at M=100,000 all ratios are in {min(large):.2f} to {max(large):.2f}: {_verdict(max(large) < 1)}")
+    print(
+        f"C1: up to {best[0]:.2f}x (vLLM) and {best[1]:.2f}x (Sarathi) on this grid at M=100: {_verdict(min(best) >= 1.9)}"
+    )
+    print(
+        f"C2: at M=100,000 all ratios are in {min(large):.2f} to {max(large):.2f}: {_verdict(max(large) < 1)}"
+    )
 
 
 def online(trace: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         requests = workloads.traces.read(trace)
-    print(f"\nSRF (paper: up to 13 % lower mean latency with vLLM on the 70B model): {len(requests)} requests of {trace.name}, M=100,000")
+    print("\nSRF (paper: up to 13 % lower mean latency with vLLM on the 70B model)")
+    print(f"{len(requests)} requests of {trace.name}, M=100,000; mean latency of SRF, LRF, no preemptions over NRF")
     for profile in ("infermax-70b-tp4", "infermax-7b"):
         for rules, budget in zip(RULES, (16384, 512), strict=True):
             newest = baselines.get(rules).replace(sort="arrival")
@@ -105,11 +120,12 @@ def online(trace: Path) -> None:
             }.items():
                 runs[name] = serve(requests, scheduler, profile, 100_000, budget)
                 latency[name] = float(np.nanmean(runs[name].finish_s - requests.arrival_s))
+            ratios = " ".join(f"{latency[name] / latency['NRF']:.3f}" for name in ("SRF", "LRF", "none"))
+            evicted = [runs[name].preemptions_total for name in ("NRF", "SRF")]
+            refilled = [runs[name].recomputed_tokens.sum() / 1e6 for name in ("NRF", "SRF")]
             print(
-                f"  {profile:17s} {rules:17s} ours  "
-                + " ".join(f"{latency[name] / latency['NRF']:.3f}" for name in ("SRF", "LRF", "none"))
-                + f"; {runs['NRF'].preemptions_total} -> {runs['SRF'].preemptions_total} evictions, "
-                + f"{runs['NRF'].recomputed_tokens.sum() / 1e6:.2f} -> {runs['SRF'].recomputed_tokens.sum() / 1e6:.2f} M refilled"
+                f"  {profile:17s} {rules:17s} ours  {ratios}; {evicted[0]} -> {evicted[1]} evictions, "
+                f"{refilled[0]:.2f} -> {refilled[1]:.2f} M refilled"
             )
             print(f"  {'':17s} {'':17s} sheet {SHEET_TRACE[profile, rules]}")
 
@@ -119,7 +135,9 @@ def _verdict(holds: bool) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trace", type=Path)
     trace = parser.parse_args().trace
     offline()

@@ -1,4 +1,6 @@
-"""Engine settings: one frozen dataclass, validated, resolved against a profile and a scheduler's own defaults."""
+"""Engine settings: one frozen dataclass, validated, resolved against a profile and a scheduler's own
+defaults.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +14,24 @@ PREEMPTIONS = ("recompute", "swap")
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig:
-    """What the engine can hold and do. `None` means: as the cost profile (KV capacity) or the scheduler's system (the rest) has it.
+    """What the engine can hold and do. `None` means: as the cost profile (KV capacity) or the scheduler's
+    system (the rest) has it.
 
     Attributes:
         kv_blocks: usable KV-cache blocks (vLLM V1 counts one more, its null block).
         block_size: tokens per block; 1 makes the cache token granular.
         token_budget: most tokens of one iteration (vLLM: max_num_batched_tokens; Sarathi-Serve: chunk_size).
         max_num_seqs: most requests running at once.
-        max_model_len: longest sequence, prompt and answer, in tokens; an answer that reaches it ends there. None: the KV
-            capacity, or the longest that the workload declares if that is less.
+        max_model_len: longest sequence, prompt and answer, in tokens; an answer that reaches it ends there.
+            None: the KV capacity, or the longest that the workload declares if that is less.
         watermark: share of the blocks that an admission must leave free, in [0, 1).
         preemption: what happens to a victim's KV cache: dropped and recomputed, or swapped to a CPU tier.
         cpu_blocks: blocks of that CPU tier; None: unlimited.
         swap_bandwidth: bytes per second between GPU and CPU tier; inf: free of charge.
-        swap_overlap: whether a transfer hides behind the iteration that it accompanies (max) or adds to it (sum).
-        async_scheduling: whether an iteration is planned while the one before it runs, so that its completions and the arrivals
-            during it are seen one iteration late (vLLM's default since 2026).
+        swap_overlap: whether a transfer hides behind the iteration that it accompanies (max) or adds to it
+            (sum).
+        async_scheduling: whether an iteration is planned while the one before it runs, so that its
+            completions and the arrivals during it are seen one iteration late (vLLM's default since 2026).
     """
 
     kv_blocks: int | None = None
@@ -45,16 +49,22 @@ class EngineConfig:
     def __post_init__(self) -> None:
         for name in ("kv_blocks", "block_size", "token_budget", "max_num_seqs", "max_model_len"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31):
+            if value is not None and (
+                isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31
+            ):
                 raise InputError(f"{name} must be a whole number from 1 to 2147483647, not {value!r}")
-        if self.cpu_blocks is not None and (not isinstance(self.cpu_blocks, int) or not 0 <= self.cpu_blocks < 2**31):
+        if self.cpu_blocks is not None and (
+            not isinstance(self.cpu_blocks, int) or not 0 <= self.cpu_blocks < 2**31
+        ):
             raise InputError(f"cpu_blocks must be a whole number, at least 0, not {self.cpu_blocks!r}")
         if self.watermark is not None and not 0 <= self.watermark < 1:
             raise InputError(f"watermark must be in [0, 1), not {self.watermark!r}")
         if self.preemption is not None and self.preemption not in PREEMPTIONS:
             raise unknown("preemption", self.preemption, PREEMPTIONS)
         if math.isnan(self.swap_bandwidth) or self.swap_bandwidth <= 0:
-            raise InputError(f"swap_bandwidth must be positive bytes per second (inf: free), not {self.swap_bandwidth!r}")
+            raise InputError(
+                f"swap_bandwidth must be positive bytes per second (inf: free), not {self.swap_bandwidth!r}"
+            )
 
     @property
     def kv_tokens(self) -> int:

@@ -124,7 +124,7 @@ def batch_times(
     cost: NDArray[np.float64], features: NDArray[np.float64], seconds: NDArray[np.float64]
 ) -> None:
     """`batch_time` of many batches: features float64 (n, 6), the result into seconds float64 (n,)."""
-    packed: Any = span(cost)  # type: ignore[call-arg]
+    packed: Any = span(cost)
     for i in range(len(seconds)):
         P, NP, CX = features[i, 0], features[i, 1], features[i, 2]
         KP, D, KV = features[i, 3], features[i, 4], features[i, 5]

@@ -1,9 +1,10 @@
-"""What an engine can do, one compiled function each: let requests arrive, give tokens, preempt, swap in, run the iteration.
+"""What an engine can do, one compiled function each: let requests arrive, give tokens, preempt, swap in, run
+the iteration.
 
-A scheduler plans an iteration by calling `grant` and `evict` (`swap_in`, `refund`), which take effect on the KV cache at once, as in the
-real engines; `execute` then runs the planned batch: the clock advances by the cost model, tokens come out, what finished is freed.
-Every rule is checked where it could be broken: a function that would break one changes nothing, notes the error in the engine's record
-and returns False.
+A scheduler plans an iteration by calling `grant` and `evict` (`swap_in`, `refund`), which take effect on the
+KV cache at once, as in the real engines; `execute` then runs the planned batch: the clock advances by the
+cost model, tokens come out, what finished is freed. Every rule is checked where it could be broken: a
+function that would break one changes nothing, notes the error in the engine's record and returns False.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Order(enum.IntEnum):
     SCORE = 11  # by the score that the scheduler itself keeps
     RANDOM = 12
     LONGEST = 13  # longest prompt first
-    LOWER_BOUND = 14  # least lower bound of the output first: a share of the prediction, or what has come out if that is more
+    LOWER_BOUND = 14  # least output that is sure first: a share of the prediction, or what has come out
 
 
 class Place(enum.IntEnum):
@@ -51,20 +52,23 @@ class Place(enum.IntEnum):
     END = 2
 
 
-ORDERS = {name: int(value) for name, value in Order.__members__.items()}
 _FIFO, _ARRIVAL, _PRIORITY, _PROMPT, _OUTPUT, _TOTAL, _AREA, _REMAINING = range(8)
 _DEADLINE, _BOOST, _ATTAINED, _SCORE, _RANDOM, _LONGEST, _LOWER_BOUND = range(8, 15)
 _HEAD, _KEY, _END = (int(x) for x in Place)
-_, _UNKNOWN_REQUEST, _NOT_SCHEDULABLE, _TWICE, _TOKENS, _BUDGET, _KV, _SEQS, _NOT_RESIDENT, *_ = (int(x) for x in Error)
+_UNKNOWN_REQUEST, _NOT_SCHEDULABLE = int(Error.UNKNOWN_REQUEST), int(Error.NOT_SCHEDULABLE)
+_TWICE = int(Error.TWICE)
+_TOKENS, _BUDGET, _KV = int(Error.TOKENS), int(Error.BUDGET), int(Error.KV)
+_SEQS, _NOT_RESIDENT = int(Error.SEQS), int(Error.NOT_RESIDENT)
 
 
-# ---------------------------------------------------------------------------------------------------------------- small facts
+# ---------------------------------------------------------------------- small facts
 
 
 @njit
 def blocks_for(e: Engine, tokens: int) -> int:
     """KV blocks that hold `tokens` tokens."""
-    return np.int64(np.uint32(tokens + e.s.block_size - 1) // np.uint32(e.s.block_size))  # unsigned: no case for negatives
+    # Unsigned, so that the division has no case for negatives.
+    return int(np.uint32(tokens + e.s.block_size - 1) // np.uint32(e.s.block_size))
 
 
 @njit
@@ -90,7 +94,9 @@ def hold_tokens(e: Engine, q, hold: int) -> int:  # type: ignore[no-untyped-def]
     if hold == PEAK:
         return q.prompt + q.stop - 1
     if hold == PREDICTED:
-        whole = (e.s.kv_blocks - e.s.watermark_blocks) * e.s.block_size  # who is predicted to need more gets all, alone
+        whole = (
+            e.s.kv_blocks - e.s.watermark_blocks
+        ) * e.s.block_size  # who is predicted to need more gets all, alone
         answer = int(np.ceil(min(q.predicted, np.float64(q.limit))))
         return max(known, min(q.prompt + answer - 1, whole))
     if hold == DECLARED:
@@ -129,7 +135,7 @@ def _fail(e: Engine, error: int, r: int, value: int, limit: int) -> bool:
     return False
 
 
-# ---------------------------------------------------------------------------------------------------------------- the queue
+# ---------------------------------------------------------------------- the queue
 
 
 @njit
@@ -172,7 +178,9 @@ def queue_key(e: Engine, r: int) -> float:
 
 @njit
 def _need(e: Engine, q) -> int:  # type: ignore[no-untyped-def]
-    """Blocks that must be free to admit q, those that it holds included; for a test on the chunk alone at least one."""
+    """Blocks that must be free to admit q, those that it holds included; for a test on the chunk alone at
+    least one.
+    """
     return max(1, blocks_for(e, max(hold_tokens(e, q, e.s.test), hold_tokens(e, q, e.s.hold))))
 
 
@@ -198,7 +206,9 @@ def enter_queue(e: Engine, r: int, place: int) -> None:
 
 @njit
 def arrive(e: Engine, until: float) -> None:
-    """Let the requests that arrive up to `until` (s) enter the queue; one that can never be admitted is dropped."""
+    """Let the requests that arrive up to `until` (s) enter the queue; one that can never be admitted is
+    dropped.
+    """
     s, req = e.s, e.req
     while s.arrived < len(req) and req[s.arrived].arrival <= until:
         if req[s.arrived].status == FUTURE:
@@ -206,7 +216,7 @@ def arrive(e: Engine, until: float) -> None:
         s.arrived += 1
 
 
-# ---------------------------------------------------------------------------------------------------------------- the plan
+# ---------------------------------------------------------------------- the plan
 
 
 @njit
@@ -282,9 +292,10 @@ def _refuse(e: Engine, r: int, tokens: int, error: int) -> bool:
 def grant(e: Engine, r: int, tokens: int) -> bool:
     """Give request r `tokens` tokens in this iteration; admits it if it waits.
 
-    A decoding request gets 1; a prefilling one a chunk of its prompt (after a preemption: of prompt and answer so far). KV blocks for the
-    chunk are taken now, at admission also those that the engine's `hold` rule reserves. False, with the error noted, if r cannot be
-    scheduled, the tokens are not what it can use, or blocks, running slots or (where enforced) the token budget do not suffice.
+    A decoding request gets 1; a prefilling one a chunk of its prompt (after a preemption: of prompt and
+    answer so far). KV blocks for the chunk are taken now, at admission also those that the engine's `hold`
+    rule reserves. False, with the error noted, if r cannot be scheduled, the tokens are not what it can use,
+    or blocks, running slots or (where enforced) the token budget do not suffice.
     """
     s = e.s
     error = grant_error(e, r, tokens)
@@ -323,11 +334,12 @@ def grant(e: Engine, r: int, tokens: int) -> bool:
 
 @njit
 def grant_decodes(e: Engine, i: int, skip_prefills: bool) -> int:
-    """`grant` one token each to the running requests from index i on, as long as they decode and find a KV block if they need one.
+    """`grant` one token each to the running requests from index i on, as long as they decode and find a KV
+    block if they need one.
 
-    The same as granting them one by one, for the case that is by far the most frequent. Returns the index of the first request that is
-    another case: it prefills (unless those are skipped), finds no block, has a token in flight or a place in the plan, or finds the budget
-    used up where decodes are limited by it.
+    The same as granting them one by one, for the case that is by far the most frequent. Returns the index of
+    the first request that is another case: it prefills (unless those are skipped), finds no block, has a
+    token in flight or a place in the plan, or finds the budget used up where decodes are limited by it.
     """
     s, req, running, plan = e.s, e.req, e.running, e.plan
     n, size = s.num_planned, s.block_size
@@ -403,10 +415,11 @@ def _leave_running(e: Engine, r: int) -> None:
 
 @njit
 def evict(e: Engine, r: int) -> bool:
-    """Preempt running request r: its KV blocks are freed, and it waits again, or is swapped to the CPU tier where the engine does so.
+    """Preempt running request r: its KV blocks are freed, and it waits again, or is swapped to the CPU tier
+    where the engine does so.
 
-    With recomputation it enters the queue where the scheduler's `resume` says, at once or (`defer_victims`) when the plan is complete.
-    One for which the CPU tier has no room is recomputed.
+    With recomputation it enters the queue where the scheduler's `resume` says, at once or (`defer_victims`)
+    when the plan is complete. One for which the CPU tier has no room is recomputed.
     """
     s = e.s
     if r < 0 or r >= len(e.req):
@@ -448,7 +461,9 @@ def evict(e: Engine, r: int) -> bool:
 
 @njit
 def swap_in(e: Engine, r: int) -> bool:
-    """Bring swapped request r back: it takes its KV blocks and runs again (it still has to be granted a token)."""
+    """Bring swapped request r back: it takes its KV blocks and runs again (it still has to be granted a
+    token).
+    """
     s = e.s
     if r < 0 or r >= len(e.req):
         return _fail(e, _UNKNOWN_REQUEST, r, r, len(e.req))
@@ -489,7 +504,7 @@ def end_plan(e: Engine) -> None:
                 enter_queue(e, e.victims[k], s.resume)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the iteration
+# ---------------------------------------------------------------------- the iteration
 
 
 @njit
@@ -497,7 +512,13 @@ def iteration_time(e: Engine) -> float:
     """Seconds that the planned iteration takes: the cost model, and what is swapped."""
     s = e.s
     t = batch_time(
-        e.cost, s.prefill_tokens, s.prefill_requests, s.prefill_context, s.prefill_cached, s.decodes, s.decode_context
+        e.cost,
+        s.prefill_tokens,
+        s.prefill_requests,
+        s.prefill_context,
+        s.prefill_cached,
+        s.decodes,
+        s.decode_context,
     )
     if s.swapped_tokens > 0:
         transfer = s.swapped_tokens * s.swap_s_per_token
@@ -571,7 +592,8 @@ def execute(e: Engine) -> float:
     _account(e, dt)
     before = s.num_finished
     produced = 0
-    # Most requests got their last token together, so that their gaps fall into one bin: count them, then write.
+    # Most requests got their last token together, so that their gaps fall into one bin: count them, then
+    # write.
     counted = len(e.itl) > 0
     last, same, slot = np.nan, 0, 0
     for k in range(s.num_planned):
@@ -648,7 +670,9 @@ def _leave_swapped(e: Engine, r: int) -> None:
 
 @njit
 def execute_behind(e: Engine) -> float:
-    """Run the planned iteration (asynchronous scheduling): its tokens are seen by `collect`, after the next plan is made."""
+    """Run the planned iteration (asynchronous scheduling): its tokens are seen by `collect`, after the next
+    plan is made.
+    """
     s, req = e.s, e.req
     dt = iteration_time(e)
     s.visible = s.clock

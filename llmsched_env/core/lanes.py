@@ -25,7 +25,8 @@ class LaneSpec:
         pack: writes the scheduler's settings into the engine's record.
         cost: packed cost model.
         kv_bytes_per_token: of all GPUs together, for swaps; 0 makes them free.
-        stop_tokens, limit_tokens: (N,) int32: length of each answer, and the length at which the engine would stop it.
+        stop_tokens, limit_tokens: (N,) int32: length of each answer, and the length at which the engine would
+            stop it.
         dropped: (N,) bool: requests that are never admitted.
         seed: of the engine's own generator, 64 bits.
         workspace: float64 numbers that the scheduler needs.
@@ -72,7 +73,9 @@ def make_lanes(specs: Sequence[LaneSpec], engine_dtype: np.dtype[Any]) -> Lanes:
 
 
 class EngineView(NamedTuple):
-    """An `Engine` for plain Python: the same fields, whose records have attributes, and the arrays that compiled functions take."""
+    """An `Engine` for plain Python: the same fields, whose records have attributes, and the arrays that
+    compiled functions take.
+    """
 
     s: Any
     req: Any
@@ -91,14 +94,15 @@ def engine_view(lanes: Lanes, lane: int) -> EngineView:
     """The view of one lane for plain Python; see `engine_at` for compiled code."""
     lo, hi = lanes.first[lane], lanes.first[lane + 1]
     lists = lanes.lists[5 * lo : 5 * hi].reshape(5, hi - lo)
-    rest = (
+    rest: tuple[Any, ...] = (
         *lists,
         lanes.work[lanes.first_work[lane] : lanes.first_work[lane + 1]],
         lanes.cost[lanes.first_cost[lane] : lanes.first_cost[lane + 1]],
         lanes.itl[lanes.first_itl[lane] : lanes.first_itl[lane + 1]],
     )
     compiled = Engine(lanes.s[lane], lanes.req[lo:hi], *rest)
-    return EngineView(lanes.s.view(np.recarray)[lane], lanes.req[lo:hi].view(np.recarray), *rest, compiled)
+    view = (lanes.s.view(np.recarray)[lane], lanes.req[lo:hi].view(np.recarray), *rest, compiled)
+    return EngineView(*view)
 
 
 def _offsets(sizes: list[int]) -> NDArray[np.int64]:

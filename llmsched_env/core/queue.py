@@ -1,8 +1,10 @@
-"""The waiting queue: requests ordered by (key, order), each knowing how many free blocks it needs to be admitted.
+"""The waiting queue: requests ordered by (key, order), each knowing how many free blocks it needs to be
+admitted.
 
-A treap whose nodes are the requests themselves. Entering, leaving, the first in order, and the first in order that fits into a number of
-free blocks all take O(log n) expected, whatever the key, so a queue of 100,000 is no slower to serve than one of ten. The shape depends
-on the requests' indices alone: the same requests give the same queue on any machine.
+A treap whose nodes are the requests themselves. Entering, leaving, the first in order, and the first in order
+that fits into a number of free blocks all take O(log n) expected, whatever the key, so a queue of 100,000 is
+no slower to serve than one of ten. The shape depends on the requests' indices alone: the same requests give
+the same queue on any machine.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ def _rank(i: int) -> int:
     x = np.uint32(i + 1)
     x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x85EBCA6B))
     x = np.uint32((x ^ (x >> np.uint32(13))) * np.uint32(0xC2B2AE35))
-    return np.int64(x ^ (x >> np.uint32(16)))
+    return int(x ^ (x >> np.uint32(16)))
 
 
 @njit

@@ -23,8 +23,10 @@ class Requests:
     Attributes:
         arrival_s: float64, seconds, finite, >= 0, non-decreasing.
         prompt_tokens: int32, >= 1.
-        output_tokens: int32, >= 1: the true output length, where the answer ends by itself or at the declared maximum.
-        declared_tokens: int32, >= output: the `max_tokens` a client asked for; what TensorRT-LLM, TGI and LightLLM decide with.
+        output_tokens: int32, >= 1: the true output length, where the answer ends by itself or at the declared
+            maximum.
+        declared_tokens: int32, >= output: the `max_tokens` a client asked for; what TensorRT-LLM, TGI and
+            LightLLM decide with.
         predicted_tokens: float64, > 0 or nan (no prediction): the output length a predictor announces.
         priority: int32, lower is served first.
         client: int32, >= 0: the tenant, for fairness.
@@ -62,8 +64,8 @@ class Requests:
     ) -> Requests:
         """Requests from array-likes; scalars are repeated.
 
-        `declared_tokens` defaults to the true output (each answer ends at its declared maximum) and `predicted_tokens`
-        to the true output (an oracle); pass nan for "no prediction".
+        `declared_tokens` defaults to the true output (each answer ends at its declared maximum) and
+        `predicted_tokens` to the true output (an oracle); pass nan for "no prediction".
 
         Raises:
             InputError: names the first bad row and what is wrong with it.
@@ -77,8 +79,12 @@ class Requests:
             arrival_s=arrival,
             prompt_tokens=_column("prompt_tokens", prompt_tokens, n, np.int32),
             output_tokens=output,
-            declared_tokens=_column("declared_tokens", output if declared_tokens is None else declared_tokens, n, np.int32),
-            predicted_tokens=_column("predicted_tokens", output if predicted_tokens is None else predicted_tokens, n, np.float64),
+            declared_tokens=_column(
+                "declared_tokens", output if declared_tokens is None else declared_tokens, n, np.int32
+            ),
+            predicted_tokens=_column(
+                "predicted_tokens", output if predicted_tokens is None else predicted_tokens, n, np.float64
+            ),
             priority=_column("priority", priority, n, np.int32),
             client=_column("client", client, n, np.int32),
             class_id=_column("class_id", class_id, n, np.int32),
@@ -92,18 +98,30 @@ class Requests:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None and len(value) != n:
-                raise InputError(f"{field.name} has {len(value)} values for {n} requests; give one for each request")
+                raise InputError(
+                    f"{field.name} has {len(value)} values for {n} requests; give one for each request"
+                )
         arrival = self.arrival_s
-        self._require(np.isfinite(arrival), "arrival_s", "is not a finite number; give seconds from the start")
+        self._require(
+            np.isfinite(arrival), "arrival_s", "is not a finite number; give seconds from the start"
+        )
         self._require(arrival >= 0, "arrival_s", "is negative; shift the trace so that it starts at 0")
-        self._require(np.diff(arrival, prepend=arrival[:1]) >= 0, "arrival_s", "is before the one above; sort by arrival")
+        self._require(
+            np.diff(arrival, prepend=arrival[:1]) >= 0,
+            "arrival_s",
+            "is before the one above; sort by arrival",
+        )
         for name in ("prompt_tokens", "output_tokens"):
             self._require(getattr(self, name) >= 1, name, "must be at least 1; drop requests without tokens")
             self._require(getattr(self, name) <= _LARGEST, name, "is too large; is the column right?")
         self._require(
-            self.declared_tokens >= self.output_tokens, "declared_tokens", "is below output_tokens; an answer cannot pass its maximum"
+            self.declared_tokens >= self.output_tokens,
+            "declared_tokens",
+            "is below output_tokens; an answer cannot pass its maximum",
         )
-        self._require(~(self.predicted_tokens <= 0), "predicted_tokens", "must be positive, or nan for no prediction")
+        self._require(
+            ~(self.predicted_tokens <= 0), "predicted_tokens", "must be positive, or nan for no prediction"
+        )
         for name in ("client", "class_id"):
             self._require(getattr(self, name) >= 0, name, "must not be negative; number them from 0")
         for name in ("ttft_target_s", "tpot_target_s"):
@@ -136,7 +154,9 @@ class Requests:
 
 
 def _column(name: str, values: ArrayLike, n: int | None, dtype: type) -> NDArray[Any]:
-    """`values` as a contiguous array of `dtype` and length n; an integer column refuses fractions, nan and overflow."""
+    """`values` as a contiguous array of `dtype` and length n; an integer column refuses fractions, nan and
+    overflow.
+    """
     try:
         array = np.asarray(values)
         if array.dtype.kind not in "iufb":
@@ -153,5 +173,7 @@ def _column(name: str, values: ArrayLike, n: int | None, dtype: type) -> NDArray
             bad = ~((array >= limits.min) & (array <= limits.max) & (array == np.floor(array)))
         if bad.any():
             i = int(np.argmax(bad))
-            raise InputError(f"request {i}: {name} {array[i]} is not a whole number in range; give a count of tokens")
+            raise InputError(
+                f"request {i}: {name} {array[i]} is not a whole number in range; give a count of tokens"
+            )
     return np.ascontiguousarray(array, dtype=dtype)

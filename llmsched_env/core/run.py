@@ -1,8 +1,10 @@
-"""The loop: arrivals, plan, iteration, again; and the stretches in which nothing but decoding happens, taken in one go.
+"""The loop: arrivals, plan, iteration, again; and the stretches in which nothing but decoding happens, taken
+in one go.
 
-Between two events (an arrival, a completion, a shortage of blocks) a batch that only decodes stays the same, so its iterations differ in
-their KV reads alone. `EXACT` adds their durations one by one, in the order in which iterating would, and so gives the same bits;
-`CLOSED` sums them in closed form where the cost model is linear in the KV reads, equal within rounding.
+Between two events (an arrival, a completion, a shortage of blocks) a batch that only decodes stays the same,
+so its iterations differ in their KV reads alone. `EXACT` adds their durations one by one, in the order in
+which iterating would, and so gives the same bits; `CLOSED` sums them in closed form where the cost model is
+linear in the KV reads, equal within rounding.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from llmsched_env.core.engine import (
     begin_plan,
     blocks_for,
     collect,
-    drop_finished,
     end_plan,
     execute,
     execute_behind,
@@ -54,12 +55,13 @@ class Skip(enum.IntEnum):
 
 
 class Log(NamedTuple):
-    """What a run writes down: a row an iteration, and the decisions behind it. Arrays of length 0 switch it off.
+    """What a run writes down: a row an iteration, and the decisions behind it. Arrays of length 0 switch it
+    off.
 
     Attributes:
         rows: ITERATION records.
-        requests, tokens: (E,) int32: decisions; victims first, with EVICTED or SWAPPED_OUT for tokens, then those that come back from the
-            CPU tier without getting tokens, with SWAPPED_IN.
+        requests, tokens: (E,) int32: decisions; victims first, with EVICTED or SWAPPED_OUT for tokens, then
+            those that come back from the CPU tier without getting tokens, with SWAPPED_IN.
         used: (2,) int64: rows and entries written.
     """
 
@@ -162,8 +164,9 @@ def _next_arrival(e: Engine) -> float:
 def _settled(e: Engine) -> bool:
     """Whether the scheduler, asked now, could only let all running requests decode, and so on until an event.
 
-    Either nobody else is there; or the queue was found blocked in the iteration before, which only decoded, and nothing that could
-    unblock it has happened since. (That all running requests decode is left to `_stretch` to find out.)
+    Either nobody else is there; or the queue was found blocked in the iteration before, which only decoded,
+    and nothing that could unblock it has happened since. (That all running requests decode is left to
+    `_stretch` to find out.)
     """
     s = e.s
     if s.steady == 0 or s.num_running == 0 or _next_arrival(e) <= s.clock:
@@ -185,18 +188,22 @@ def _settled(e: Engine) -> bool:
 
 @njit
 def _stretch(e: Engine, log: Log, last: int, horizon: float, closed: bool) -> None:
-    """Run the coming iterations of pure decoding in one go, until something arrives, or finishes while others wait, or blocks might
-    run short, or iteration `last` or the time `horizon` is reached.
+    """Run the coming iterations of pure decoding in one go, until something arrives, or finishes while others
+    wait, or blocks might run short, or iteration `last` or the time `horizon` is reached.
 
-    The requests stay as they are meanwhile, but for those that finish: `total` says how many tokens the others are behind.
+    The requests stay as they are meanwhile, but for those that finish: `total` says how many tokens the
+    others are behind.
     """
     s, req, running = e.s, e.req, e.running
-    left = e.victims  # of nobody in these iterations: tokens until each running request finishes, from the beginning of the stretch
+    # Nobody is preempted meanwhile: the list holds how many tokens each running request has left at the beginning.
+    left = e.victims
     n = s.num_running
     context = 0
     for k in range(n):
         q = req[running[k]]
-        if q.computed < q.target or q.last_token != s.clock:  # it prefills, or was passed over: its next gap is longer than the iteration
+        if (
+            q.computed < q.target or q.last_token != s.clock
+        ):  # it prefills, or was passed over: its next gap is longer than the iteration
             return
         left[k] = q.stop - q.generated
         context += q.computed + 1
@@ -268,7 +275,9 @@ def _stretch(e: Engine, log: Log, last: int, horizon: float, closed: bool) -> No
 
 @njit
 def _iterations_with_blocks(e: Engine, left: Any) -> int:
-    """For how many iterations of pure decoding the free blocks surely suffice, or as many as the request with most tokens `left` has."""
+    """For how many iterations of pure decoding the free blocks surely suffice, or as many as the request with
+    most tokens `left` has.
+    """
     s = e.s
     n = s.num_running
     spare = s.free - (1 if s.free_block_for_decode else 0)
@@ -294,7 +303,9 @@ def _iterations_with_blocks(e: Engine, left: Any) -> int:
 
 @njit
 def _sum_exact(e: Engine, log: Log, steps: int, until: float, batch: int, context: int) -> int:
-    """Advance the clock iteration by iteration, until `steps` are done or one ends at `until` or later; returns how many."""
+    """Advance the clock iteration by iteration, until `steps` are done or one ends at `until` or later;
+    returns how many.
+    """
     s = e.s
     for done in range(steps):
         start = s.clock
@@ -324,7 +335,8 @@ def _sum_closed(e: Engine, steps: int, until: float, batch: int, first: float, s
     """As `_sum_exact`, where iteration j takes first + slope * j seconds."""
     s = e.s
     if s.clock + _series(first, slope, steps) > until:
-        # The smallest number of iterations that ends at `until` or later: the root of a parabola, set right by a step or two.
+        # The smallest number of iterations that ends at `until` or later: the root of a parabola, set right
+        # by a step or two.
         linear = first - 0.5 * slope
         gap = until - s.clock
         root = 2.0 * gap / (linear + np.sqrt(linear * linear + 2.0 * slope * gap))
@@ -379,7 +391,8 @@ def before_plan(e: Engine, log: Log, last: int, horizon: float) -> int:
 
 @njit
 def after_plan(e: Engine, log: Log, last: int, horizon: float, skip: int) -> int:
-    """Run the planned iteration, or wait for the next arrival if nothing is planned, and the stretch of decoding that follows.
+    """Run the planned iteration, or wait for the next arrival if nothing is planned, and the stretch of
+    decoding that follows.
 
     READY, or the `Outcome` that ends the run.
     """

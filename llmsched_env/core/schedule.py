@@ -18,7 +18,9 @@ _FORMAT = "llmsched-schedule-1"
 
 @dataclasses.dataclass(frozen=True)
 class Decisions:
-    """The decisions of one iteration: requests that get tokens, in batch order, and those preempted before, in order."""
+    """The decisions of one iteration: requests that get tokens, in batch order, and those preempted before,
+    in order.
+    """
 
     start_s: float
     granted: list[tuple[int, int]]
@@ -33,8 +35,8 @@ class Schedule:
         start_s: (J,) float64, seconds: when each iteration starts.
         ends: (J,) int64: iteration j's entries are `ends[j-1]:ends[j]`.
         requests: (E,) int32: indices of requests.
-        tokens: (E,) int32: tokens given; EVICTED (-1) or SWAPPED_OUT (-2) for a preempted request, SWAPPED_IN (-3) for one that comes back
-            from the CPU tier without getting any. Preempted ones come first.
+        tokens: (E,) int32: tokens given; EVICTED (-1) or SWAPPED_OUT (-2) for a preempted request, SWAPPED_IN
+            (-3) for one that comes back from the CPU tier without getting any. Preempted ones come first.
     """
 
     start_s: NDArray[np.float64]
@@ -70,7 +72,12 @@ class Schedule:
         """
         with writing(path) as temporary, open(temporary, "wb") as file:
             np.savez_compressed(
-                file, format=np.array(_FORMAT), start_s=self.start_s, ends=self.ends, requests=self.requests, tokens=self.tokens
+                file,
+                format=np.array(_FORMAT),
+                start_s=self.start_s,
+                ends=self.ends,
+                requests=self.requests,
+                tokens=self.tokens,
             )
 
     @staticmethod
@@ -83,12 +90,16 @@ class Schedule:
         try:
             with np.load(path, allow_pickle=False) as data:
                 if str(data["format"]) != _FORMAT:
-                    raise InputError(f"{path}: a schedule of format {data['format']}, not {_FORMAT}; write it again with this version")
+                    raise InputError(
+                        f"{path}: format {data['format']}, not {_FORMAT}; write it again with this version"
+                    )
                 schedule = Schedule(data["start_s"], data["ends"], data["requests"], data["tokens"])
         except (OSError, KeyError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{path}: not a schedule file ({error}); give one that Schedule.save wrote") from None
+            raise InputError(
+                f"{path}: not a schedule file ({error}); give one that Schedule.save wrote"
+            ) from None
         schedule._check(path)
         return schedule
 
@@ -101,4 +112,6 @@ class Schedule:
             and np.isfinite(self.start_s).all()
         )
         if not whole:
-            raise InputError(f"{path}: the schedule's arrays do not fit together; the file is damaged, write it again")
+            raise InputError(
+                f"{path}: the schedule's arrays do not fit together; the file is damaged, write it again"
+            )

@@ -1,8 +1,8 @@
 """Spans: what compiled code passes around instead of arrays, a pointer and a length.
 
-numba counts references to an array whenever it is passed to a function, which costs more than most of the functions of an engine do. A span
-borrows the memory of an array that somebody else keeps alive, is indexed like it, and costs nothing to pass. It has no bounds checks and
-takes no negative index.
+numba counts references to an array whenever it is passed to a function, which costs more than most of the
+functions of an engine do. A span borrows the memory of an array that somebody else keeps alive, is indexed
+like it, and costs nothing to pass. It has no bounds checks and takes no negative index.
 """
 
 from __future__ import annotations
@@ -13,10 +13,13 @@ from typing import Any
 
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, overload, register_model
+from numba.extending import intrinsic as numba_intrinsic
+from numba.extending import models, overload, register_model
+
+intrinsic: Any = numba_intrinsic  # its annotations know nothing of the typing context that it passes itself
 
 
-class SpanType(types.Type):  # type: ignore[misc]
+class SpanType(types.Type):
     """The type of a span of numbers or records."""
 
     def __init__(self, dtype: types.Type) -> None:
@@ -25,7 +28,7 @@ class SpanType(types.Type):  # type: ignore[misc]
 
 
 @register_model(SpanType)
-class _SpanModel(models.StructModel):  # type: ignore[misc]
+class _SpanModel(models.StructModel):
     def __init__(self, manager: Any, span_type: SpanType) -> None:
         super().__init__(manager, span_type, [("data", types.voidptr), ("size", types.intp)])
 

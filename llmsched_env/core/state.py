@@ -1,7 +1,8 @@
 """The state of one or many engines, as a few packed arrays that compiled code advances in place.
 
-A *lane* is one engine with its requests. Lanes lie one behind the other in shared arrays, so that a batch of them is advanced by one
-compiled call; `engine_at` gives the view of one lane that every compiled function, scheduler and policy works on.
+A *lane* is one engine with its requests. Lanes lie one behind the other in shared arrays, so that a batch of
+them is advanced by one compiled call; `engine_at` gives the view of one lane that every compiled function,
+scheduler and policy works on.
 """
 
 from __future__ import annotations
@@ -53,7 +54,9 @@ class Listing(enum.IntEnum):
 
     PLANNED = 0
     PREFILLS_FIRST = 1
-    NEW_FIRST = 2  # admitted, other prefills, decodes, and those swapped in after their like (vLLM v0, chunked)
+    NEW_FIRST = (
+        2  # admitted, other prefills, decodes, and those swapped in after their like (vLLM v0, chunked)
+    )
 
 
 class Error(enum.IntEnum):
@@ -73,12 +76,16 @@ class Error(enum.IntEnum):
     LIVELOCK = 11
 
 
-# One request. The first 64 bytes are what each iteration touches; they are a cache line of their own, see `aligned_zeros`.
+# One request. The first 64 bytes are what each iteration touches; they are a cache line of their own, see
+# `aligned_zeros`.
 _REQUEST = np.dtype(
     [
         ("status", "i4"),
         ("computed", "i4"),  # tokens whose KV is computed (or being computed, asynchronously)
-        ("target", "i4"),  # the prefill is done when computed reaches it: prompt, plus the answer so far after a preemption
+        (
+            "target",
+            "i4",
+        ),  # the prefill is done when computed reaches it: prompt, plus the answer so far after a preemption
         ("generated", "i4"),  # tokens of the answer that came out
         ("stop", "i4"),  # tokens of the answer when it ends
         ("prompt", "i4"),
@@ -97,7 +104,10 @@ _REQUEST = np.dtype(
         ("right", "i4"),
         ("need", "i4"),  # blocks that must be free to admit it
         ("least", "i4"),  # smallest need in the subtree
-        ("limit", "i4"),  # tokens of the answer at which the engine itself stops it (declared maximum, model length)
+        (
+            "limit",
+            "i4",
+        ),  # tokens of the answer at which the engine itself stops it (declared maximum, model length)
         # -- the rest --
         ("arrival", "f8"),
         ("rank", "i4"),  # place in the order of arrival; ties of any other order go by it
@@ -127,10 +137,13 @@ _REQUEST = np.dtype(
     align=True,
 )
 
+
 def _padded(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The record as an odd number of cache lines, so that the first lines of neighbours fall into different sets of the cache."""
+    """The record as an odd number of cache lines, so that the first lines of neighbours fall into different
+    sets of the cache.
+    """
     lines = -(-dtype.itemsize // 64) | 1
-    fields = dtype.fields or {}
+    fields: Any = dtype.fields
     names = list(dtype.names or ())
     return np.dtype(
         {
@@ -153,7 +166,8 @@ def aligned_zeros(n: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     return raw[start : start + n * dtype.itemsize].view(dtype)
 
 
-# One engine: settings, the policy's settings, counters. Filled by `simulation`, advanced by `engine` and `run`.
+# One engine: settings, the policy's settings, counters. Filled by `simulation`, advanced by `engine` and
+# `run`.
 _ENGINE: list[tuple[Any, ...]] = [
     # settings
     ("kv_blocks", "i8"),
@@ -208,7 +222,8 @@ _ENGINE: list[tuple[Any, ...]] = [
     ("kv_seconds", "f8"),  # integral of resident KV tokens over busy time
     ("last_progress", "i8"),  # iteration in which a token last came out
     ("logged_kv", "i8"),  # KV tokens resident at the end of the iteration that is being logged
-    # finished requests by class of prompt length, floor(log2 prompt): how many, and their prompt and output tokens
+    # finished requests by class of prompt length, floor(log2 prompt): how many, and their prompt and output
+    # tokens
     ("class_count", "f8", (32,)),
     ("class_total", "f8", (32,)),
     ("patient", "i8"),  # whether requests that can never be scheduled may wait for ever
@@ -221,7 +236,9 @@ _ENGINE: list[tuple[Any, ...]] = [
 
 
 def engine_dtype(policy: list[tuple[Any, ...]]) -> np.dtype[Any]:
-    """The record of one engine whose scheduler has the settings `policy`, a list of numpy field descriptions."""
+    """The record of one engine whose scheduler has the settings `policy`, a list of numpy field
+    descriptions.
+    """
     return np.dtype(_ENGINE + policy, align=True)
 
 
@@ -237,7 +254,8 @@ class Engine(NamedTuple):
         plan: (N,) int32; the first `s.num_planned` get tokens in this iteration, `req[r].granted` each.
         victims: (N,) int32; the first `s.num_victims` were preempted in this iteration, in order.
         swapped: (N,) int32; the first `s.num_swapped` are in the CPU tier, oldest first.
-        pending: (N,) int32; requests whose sampled token the scheduler has not seen yet (asynchronous scheduling).
+        pending: (N,) int32; requests whose sampled token the scheduler has not seen yet (asynchronous
+            scheduling).
         work: float64 workspace of the scheduler (tables, counters), its size as the scheduler asked.
         cost: float64 vector of the cost model.
         itl: (10240,) int64 histogram of inter-token latencies, or of length 0.
@@ -256,7 +274,9 @@ class Engine(NamedTuple):
 
 
 class Lanes(NamedTuple):
-    """Engines one behind the other. Lane i owns requests `first[i]:first[i+1]`, and so on for the other offsets."""
+    """Engines one behind the other. Lane i owns requests `first[i]:first[i+1]`, and so on for the other
+    offsets.
+    """
 
     s: Any  # (L,) engine records
     req: Any  # all requests

@@ -38,7 +38,23 @@ from llmsched_env.scheduling.trtllm import plan_trtllm
 from llmsched_env.scheduling.vtc import plan_vtc
 from llmsched_env.scheduling.wait import plan_wait
 
-__all__ = ["ENGINE", "Budget", "Pass", "Peak", "Routine", "Scheduler", "Settings", "Sort", "Victim", "plan", "run_compiled", "run_iteration", "run_lane", "run_python", "run_schedule"]
+__all__ = [
+    "ENGINE",
+    "Budget",
+    "Pass",
+    "Peak",
+    "Routine",
+    "Scheduler",
+    "Settings",
+    "Sort",
+    "Victim",
+    "plan",
+    "run_compiled",
+    "run_iteration",
+    "run_lane",
+    "run_python",
+    "run_schedule",
+]
 
 _RANDOM, _FASTSERVE, _SGLANG, _TRTLLM, _LIGHTLLM, _TGI, _VTC, _RANKED = (int(r) for r in list(Routine)[1:9])
 _SORTED_F, _WAIT, _SLAI, _SIMPLE_CHUNKING = (int(r) for r in list(Routine)[9:])
@@ -78,7 +94,9 @@ def plan(e: Engine) -> None:
 
 @njit
 def run_lane(lanes: Lanes, lane: int, log: Log, most: int, horizon: float, skip: int) -> int:
-    """Advance one engine under its built-in scheduler for at most `most` iterations, or until `horizon` (s); returns an `Outcome`."""
+    """Advance one engine under its built-in scheduler for at most `most` iterations, or until `horizon` (s);
+    returns an `Outcome`.
+    """
     e = engine_at(lanes, lane)
     spans = Log(span(log.rows), span(log.requests), span(log.tokens), span(log.used))
     last = e.s.iterations + most
@@ -91,8 +109,12 @@ def run_lane(lanes: Lanes, lane: int, log: Log, most: int, horizon: float, skip:
     return outcome
 
 
-def run_compiled(lanes: Lanes, lane: int, own: Callable[[Engine], None], log: Log, most: int, horizon: float, skip: int) -> int:
-    """`run_lane` under a scheduler `own(e)` compiled by numba; to be compiled itself, once for each such scheduler."""
+def run_compiled(
+    lanes: Lanes, lane: int, own: Callable[[Engine], None], log: Log, most: int, horizon: float, skip: int
+) -> int:
+    """`run_lane` under a scheduler `own(e)` compiled by numba; to be compiled itself, once for each such
+    scheduler.
+    """
     e = engine_at(lanes, lane)
     spans = Log(span(log.rows), span(log.requests), span(log.tokens), span(log.used))
     last = e.s.iterations + most
@@ -105,7 +127,9 @@ def run_compiled(lanes: Lanes, lane: int, own: Callable[[Engine], None], log: Lo
     return outcome
 
 
-def run_python(view: EngineView, own: Callable[[Any], None], log: Log, most: int, horizon: float, skip: int) -> int:
+def run_python(
+    view: EngineView, own: Callable[[Any], None], log: Log, most: int, horizon: float, skip: int
+) -> int:
     """`run_lane` under a scheduler `own(e)` in plain Python."""
     e = view.compiled
     last = int(view.s.iterations) + most
@@ -122,7 +146,9 @@ def run_python(view: EngineView, own: Callable[[Any], None], log: Log, most: int
 def run_schedule(  # type: ignore[no-untyped-def]
     lanes: Lanes, lane: int, log: Log, most: int, horizon: float, start_s, ends, requests, tokens
 ) -> int:
-    """Advance one engine by the decisions of a schedule (`core.schedule.Schedule`), from the iteration that the engine stands at."""
+    """Advance one engine by the decisions of a schedule (`core.schedule.Schedule`), from the iteration that
+    the engine stands at.
+    """
     e = engine_at(lanes, lane)
     s = e.s
     spans = Log(span(log.rows), span(log.requests), span(log.tokens), span(log.used))
@@ -151,7 +177,8 @@ def run_schedule(  # type: ignore[no-untyped-def]
 
 @njit
 def run_iteration(lanes: Lanes, lane: int, log: Log, until: float) -> int:
-    """Exactly one iteration, arrivals up to `until` (s) seen, even if nothing is planned; returns the blocks free once it is planned.
+    """Exactly one iteration, arrivals up to `until` (s) seen, even if nothing is planned; returns the blocks
+    free once it is planned.
 
     For holding an engine against a recording, iteration by iteration.
     """

@@ -9,8 +9,9 @@
         while e.s.num_waiting > 0 and grant(e, first(e), e.req[first(e)].prompt):
             pass                                     # admit until one does not fit
 
-`e` is an `Engine` (`llmsched_env.core.state`): `e.s` holds the engine's settings and counters, `e.req[r]` request r, `e.running[:e.s.num_running]`
-the running requests. `can_grant` asks without doing. Decorated with `numba.njit` the same function runs at the speed of the built-in ones.
+`e` is an `Engine` (`llmsched_env.core.state`): `e.s` holds the engine's settings and counters, `e.req[r]`
+request r, `e.running[:e.s.num_running]` the running requests. `can_grant` asks without doing. Decorated with
+`numba.njit` the same function runs at the speed of the built-in ones.
 """
 
 from __future__ import annotations
@@ -55,10 +56,10 @@ _NO_ERROR = int(Error.NONE)
 def _public(compiled: Any) -> Callable[..., Any]:
     """`compiled`, callable also with the view of an engine that plain Python gets."""
 
-    @functools.wraps(compiled.py_func)
     def call(e: Any, *args: Any) -> Any:
         return compiled(getattr(e, "compiled", e), *args)
 
+    functools.update_wrapper(call, compiled.py_func)
     arity = len(inspect.signature(compiled.py_func).parameters)
     implementation: Callable[..., Any] = {
         1: lambda e: compiled(e),

@@ -1,7 +1,9 @@
-"""The one scheduling routine: up to four passes over running and waiting requests, their settings making the system.
+"""The one scheduling routine: up to four passes over running and waiting requests, their settings making the
+system.
 
-After INFERMAX's unified GetNextBatch (arXiv 2411.07447, section 3), widened until the recorded decisions of vLLM v0 and V1, Sarathi-Serve,
-Orca and FasterTransformer come out token by token. See `settings.Settings` for what each setting means.
+After INFERMAX's unified GetNextBatch (arXiv 2411.07447, section 3), widened until the recorded decisions of
+vLLM v0 and V1, Sarathi-Serve, Orca and FasterTransformer come out token by token. See `settings.Settings` for
+what each setting means.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ def plan_unified(e: Engine) -> None:
             s.last_prefill = s.iterations
 
 
-# ---------------------------------------------------------------------------------------------------------------- running requests
+# ---------------------------------------------------------------------- running requests
 
 
 @njit
@@ -126,7 +128,9 @@ def _chunk(e: Engine, rest: int, cap: int) -> int:
 
 @njit
 def _wanted(e: Engine, q, cap: int) -> int:  # type: ignore[no-untyped-def]
-    """Tokens that running request q can use now: a chunk, or 1; 0 if the budget is used up, or nothing of it is left to compute."""
+    """Tokens that running request q can use now: a chunk, or 1; 0 if the budget is used up, or nothing of it
+    is left to compute.
+    """
     s = e.s
     if q.computed < q.target:
         return _chunk(e, q.target - q.computed, cap)
@@ -196,7 +200,9 @@ def _victim(e: Engine, i: int) -> int:
 
 @njit
 def sort_running(e: Engine) -> None:
-    """Order the running list as `sort` says; a stable insertion sort, since it is nearly in order from one iteration to the next."""
+    """Order the running list as `sort` says; a stable insertion sort, since it is nearly in order from one
+    iteration to the next.
+    """
     running = e.running
     for i in range(1, e.s.num_running):
         r = running[i]
@@ -220,7 +226,9 @@ def _sorts_after(e: Engine, a: int, b: int) -> bool:
 
 @njit
 def _reorder_chunked(e: Engine) -> None:
-    """vLLM v0's running list after a chunked iteration: left-overs, swapped in, decodes, prefills, new prefills."""
+    """vLLM v0's running list after a chunked iteration: left-overs, swapped in, decodes, prefills, new
+    prefills.
+    """
     req, running = e.req, e.running
     for i in range(e.s.num_running):
         r = running[i]
@@ -234,14 +242,16 @@ def _reorder_chunked(e: Engine) -> None:
         running[k + 1] = r
 
 
-# ---------------------------------------------------------------------------------------------------------------- admission
+# ---------------------------------------------------------------------- admission
 
 
 @njit
 def admit(e: Engine, cap: int) -> None:
     """Admit waiting requests in queue order while they fit."""
     s, req = e.s, e.req
-    if (s.num_victims > 0 and not s.admit_after_preemption) or (s.num_swapped > 0 and not s.admit_while_swapped):
+    if (s.num_victims > 0 and not s.admit_after_preemption) or (
+        s.num_swapped > 0 and not s.admit_while_swapped
+    ):
         return
     misfits = 0
     last_key = np.inf  # of those that may be tried behind the first that does not fit
@@ -299,7 +309,9 @@ def _at_or_after(e: Engine, r: int) -> int:
 
 @njit
 def _fits(e: Engine, r: int, want: int, free: int, running: int) -> bool:
-    """Whether `free` blocks take request r, as `test` asks, above the watermark, while so many requests run."""
+    """Whether `free` blocks take request r, as `test` asks, above the watermark, while so many requests
+    run.
+    """
     s, q = e.s, e.req[r]
     need = max(q.need, blocks_for(e, want)) if s.test == CHUNK else q.need
     if s.length_classes and running > 0 and q.prompt >= s.hist_threshold:  # alone it fits
@@ -351,8 +363,8 @@ def _under_pressure(e: Engine) -> bool:
 
 @njit
 def _preempt_for(e: Engine, r: int, want: int) -> bool:
-    """Preempt running requests whose key is above that of waiting request r, the last in the order first, until r fits; nobody, if
-    that would not do."""
+    """Preempt running requests whose key is above that of waiting request r, the last in the order first,
+    until r fits; nobody, if that would not do."""
     s, req, running = e.s, e.req, e.running
     key = req[r].key
     free, left = s.free, s.num_running
@@ -384,8 +396,9 @@ def _preemptable(e: Engine, v: int) -> bool:
 
 @njit
 def _preempt_for_priority(e: Engine) -> None:
-    """vLLM v0's priority policy, after an iteration that admitted nobody: both lists are sorted, and running requests of lower rank
-    than the queue's head make room for it; it is admitted in the next iteration at the earliest."""
+    """vLLM v0's priority policy, after an iteration that admitted nobody: both lists are sorted, and running
+    requests of lower rank than the queue's head make room for it; it is admitted in the next iteration at the
+    earliest."""
     s, req = e.s, e.req
     for i in range(1, s.num_running):
         r = e.running[i]
@@ -446,7 +459,9 @@ def _swap_in(e: Engine) -> None:
 
 @njit
 def _visit_merged(e: Engine, cap: int) -> None:
-    """Serve running and waiting requests together, in the order of the queue's key (INFERMAX's rank schedulers)."""
+    """Serve running and waiting requests together, in the order of the queue's key (INFERMAX's rank
+    schedulers).
+    """
     s, req = e.s, e.req
     closed = False  # whether a waiting request has failed to fit
     i = 0
@@ -471,14 +486,18 @@ def _visit_merged(e: Engine, cap: int) -> None:
         else:
             q = req[head]
             want = _chunk(e, q.evicted_rest if q.evicted_at == s.iterations else known_tokens(q), cap)
-            if want <= 0 or s.num_running >= s.max_num_seqs or not _fits(e, head, want, s.free, s.num_running):
+            if (
+                want <= 0
+                or s.num_running >= s.max_num_seqs
+                or not _fits(e, head, want, s.free, s.num_running)
+            ):
                 closed = True
             else:
                 q.level = _NEW
                 grant(e, head, want)
 
 
-# ---------------------------------------------------------------------------------------------------------------- looking ahead
+# ---------------------------------------------------------------------- looking ahead
 
 
 @njit
@@ -494,20 +513,23 @@ def _remaining(e: Engine, q) -> int:  # type: ignore[no-untyped-def]
 
 @njit
 def _held(e: Engine, q) -> int:  # type: ignore[no-untyped-def]
-    """Tokens of KV of q before its next token comes out, as if a prefill ended with this iteration; blocks are taken whole."""
+    """Tokens of KV of q before its next token comes out, as if a prefill ended with this iteration; blocks
+    are taken whole.
+    """
     held = q.computed if q.status == _RUNNING and q.computed >= q.target else known_tokens(q) - 1
     return held + e.s.block_size - 1
 
 
-# The memory profile in `work`: five columns, a row for each running request, most remaining tokens first. Its ids stay from one iteration
-# to the next, so that sorting it again is cheap.
+# The memory profile in `work`: five columns, a row for each running request, most remaining tokens first. Its
+# ids stay from one iteration to the next, so that sorting it again is cheap.
 _ROWS, _WORST, _COLUMNS = 0, 1, 2  # rows in use; the highest usage at any completion; where the columns begin
 
 
 @njit
 def _columns(e: Engine):  # type: ignore[no-untyped-def]
-    """Where each column begins: ids; tokens left; tokens held; their sum down to a row; and, from a row downwards, the highest usage at
-    a completion plus the tokens until then (what a request held all that time would have to fit in, less what it holds now)."""
+    """Where each column begins: ids; tokens left; tokens held; their sum down to a row; and, from a row
+    downwards, the highest usage at a completion plus the tokens until then (what a request held all that time
+    would have to fit in, less what it holds now)."""
     n = len(e.req)
     return _COLUMNS, _COLUMNS + n, _COLUMNS + 2 * n, _COLUMNS + 3 * n, _COLUMNS + 4 * n
 
@@ -587,8 +609,9 @@ def _add_to_profile(e: Engine, r: int, n: int) -> int:
 def _peak_fits(e: Engine, r: int, n: int) -> bool:
     """Whether the KV cache suffices at every coming completion if r is admitted and all decode in lock-step.
 
-    Memory only grows between completions, so these are the times to check (MC-SF, arXiv 2502.07115): when the request with d tokens left
-    completes, those with at least as many left hold what they hold now plus d tokens each. O(log n), by bisection.
+    Memory only grows between completions, so these are the times to check (MC-SF, arXiv 2502.07115): when the
+    request with d tokens left completes, those with at least as many left hold what they hold now plus d
+    tokens each. O(log n), by bisection.
     """
     work = e.work
     _, lefts, _, sums, needs = _columns(e)
@@ -599,7 +622,9 @@ def _peak_fits(e: Engine, r: int, n: int) -> bool:
     longer = _rows_above(work, lefts, n, left)
     if longer < n and work[needs + longer] + held > capacity:  # those that complete while r is there
         return False
-    with_r = _rows_above(work, lefts, n, left - 0.5)  # those that are there when r completes; lengths are whole numbers
+    with_r = _rows_above(
+        work, lefts, n, left - 0.5
+    )  # those that are there when r completes; lengths are whole numbers
     total = work[sums + with_r - 1] if with_r > 0 else 0.0
     return bool(total + held + (with_r + 1) * left <= capacity)
 

@@ -1,4 +1,6 @@
-"""A scheduler: its settings or the user's own function, and the engine defaults of the system it stands for."""
+"""A scheduler: its settings or the user's own function, and the engine defaults of the system it stands
+for.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from llmsched_env.core.requests import Requests
 from llmsched_env.core.state import Engine, Hold, engine_dtype
 from llmsched_env.errors import InputError
 from llmsched_env.scheduling.routine import profile_size
-from llmsched_env.scheduling.settings import Budget, Pass, Peak, Routine, Settings, Sort, Victim, policy_fields
+from llmsched_env.scheduling.settings import (
+    Budget,
+    Pass,
+    Peak,
+    Routine,
+    Settings,
+    Sort,
+    Victim,
+    policy_fields,
+)
 
 ENGINE = engine_dtype(policy_fields())
 
@@ -38,10 +49,12 @@ class Scheduler:
         name: as in tables and on the command line.
         settings: of the one routine, or of a routine of its own.
         engine: engine settings of the system it stands for; a user's `EngineConfig` goes before them.
-        plan: a function of the user's own with the signature `plan(engine)`, plain Python or compiled by numba; None: the routine that
-            `settings` names.
-        uses_predictions: whether it needs predicted lengths. (The routine's orders and tests that do are recognised without it.)
-        workspace: float64 numbers of scratch memory it needs, as a function of the number of requests and of clients.
+        plan: a function of the user's own with the signature `plan(engine)`, plain Python or compiled by
+            numba; None: the routine that `settings` names.
+        uses_predictions: whether it needs predicted lengths. (The routine's orders and tests that do are
+            recognised without it.)
+        workspace: float64 numbers of scratch memory it needs, as a function of the number of requests and of
+            clients.
         summary, source: what it is, and where its rules are from.
     """
 
@@ -59,10 +72,12 @@ class Scheduler:
         return dataclasses.replace(self, settings=self.settings.replace(**changes))
 
     def resolve(self, config: EngineConfig) -> EngineConfig:
-        """`config` with this scheduler's defaults where it says nothing (KV capacity and model length are left alone).
+        """`config` with this scheduler's defaults where it says nothing (KV capacity and model length are
+        left alone).
 
         Raises:
-            InputError: if the engine is to swap, and this scheduler never brings anybody back from the CPU tier.
+            InputError: if the engine is to swap, and this scheduler never brings anybody back from the CPU
+                tier.
         """
         resolved = config.or_else(**{**DEFAULTS, **self.engine})
         own = self.settings.routine is not Routine.UNIFIED and self.engine.get("preemption") == "swap"
@@ -90,13 +105,17 @@ class Scheduler:
     def least_blocks(
         self, requests: Requests, stop: NDArray[np.int32], limit: NDArray[np.int32], config: EngineConfig
     ) -> NDArray[np.int64]:
-        """(N,) KV blocks that an engine must have so that this scheduler serves each request when it is alone.
+        """(N,) KV blocks that an engine must have so that this scheduler serves each request when it is
+        alone.
 
         Args:
-            stop, limit: (N,) tokens at which each answer ends, and at which the engine would end it at the latest.
+            stop, limit: (N,) tokens at which each answer ends, and at which the engine would end it at the
+                latest.
             config: resolved settings.
         """
-        assert config.max_model_len is not None and config.kv_blocks is not None and config.watermark is not None
+        assert (
+            config.max_model_len is not None and config.kv_blocks is not None and config.watermark is not None
+        )
         s, size = self.settings, config.block_size
         prompt = requests.prompt_tokens.astype(np.int64)
         peak = prompt + stop - 1
@@ -108,12 +127,16 @@ class Scheduler:
         blocks = -(-held // size)
         if s.watermark_when_idle:
             blocks = blocks + int(config.watermark * config.kv_blocks)
-        if s.free_block_for_decode:  # the last decode, from peak - 1 to peak tokens, wants a free block in any case
+        if (
+            s.free_block_for_decode
+        ):  # the last decode, from peak - 1 to peak tokens, wants a free block in any case
             blocks = np.maximum(blocks, np.where(stop > 1, -(-(peak - 1) // size) + 1, 0))
         return np.asarray(blocks, dtype=np.int64)
 
     def least_budget(self, requests: Requests, stop: NDArray[np.int32]) -> NDArray[np.int64]:
-        """(N,) token budget that each request needs: its whole prompt, and what a preemption adds to it, where prompts are not cut."""
+        """(N,) token budget that each request needs: its whole prompt, and what a preemption adds to it,
+        where prompts are not cut.
+        """
         s = self.settings
         prompt = requests.prompt_tokens.astype(np.int64)
         if s.chunked or not s.limit_prefills:
@@ -121,8 +144,8 @@ class Scheduler:
         return prompt if s.hold in (Hold.PEAK, Hold.DECLARED, Hold.MODEL_LEN) else prompt + stop - 1
 
     def _steady(self) -> int:
-        """How long its decisions stay the same while all that happens is decoding: 2, until something arrives, finishes or finds no
-        block; 1, only while nobody waits; 0, they may change at any time."""
+        """How long its decisions stay the same while all that happens is decoding: 2, until something
+        arrives, finishes or finds no block; 1, only while nobody waits; 0, they may change at any time."""
         s = self.settings
         if self.plan is not None or s.prefill_interval > 1:
             return 0
@@ -130,6 +153,15 @@ class Scheduler:
             return 0
         if s.routine is not Routine.UNIFIED:
             return 1
-        moving = s.peak is not Peak.NONE or s.admission_preempts or s.budget_rule is not Budget.FIXED or s.preempt_for_priority
-        merged = s.sort in (Sort.KEY,) or s.victim is Victim.KEY or s.order in (Order.RANDOM, Order.SCORE, Order.ATTAINED)
+        moving = (
+            s.peak is not Peak.NONE
+            or s.admission_preempts
+            or s.budget_rule is not Budget.FIXED
+            or s.preempt_for_priority
+        )
+        merged = (
+            s.sort in (Sort.KEY,)
+            or s.victim is Victim.KEY
+            or s.order in (Order.RANDOM, Order.SCORE, Order.ATTAINED)
+        )
         return 1 if moving or merged else 2

@@ -67,7 +67,7 @@ class Budget(enum.IntEnum):
     """How many tokens an iteration may hold."""
 
     FIXED = 0
-    PRESSURE = 1  # `budget_low` while at least two prefills are under way or wait and somebody decodes (P-PAS)
+    PRESSURE = 1  # `budget_low` while two prefills or more are under way or wait and somebody decodes (P-PAS)
 
 
 class Peak(enum.IntEnum):
@@ -83,18 +83,22 @@ class Peak(enum.IntEnum):
 class Settings:
     """What makes a scheduler, in the vocabulary of one routine (after INFERMAX, arXiv 2411.07447, section 3).
 
-    An iteration is planned by up to four passes. A pass visits requests in order and gives each the tokens it wants, as the token budget,
-    the running slots and the KV cache allow; a running request that finds no block preempts a victim.
+    An iteration is planned by up to four passes. A pass visits requests in order and gives each the tokens it
+    wants, as the token budget, the running slots and the KV cache allow; a running request that finds no
+    block preempts a victim.
 
     Attributes:
         routine: the compiled function; all but `UNIFIED` have rules of their own and read `x`.
         passes: the walks of an iteration, in order.
         order: order of the waiting queue.
         resume: where a preempted request enters it again.
-        mixed: whether prefill and decode tokens may share an iteration; if not, the first pass that finds work wins.
-        chunked: whether prompts may be cut to the token budget; if not, a prompt that does not fit stops the pass.
+        mixed: whether prefill and decode tokens may share an iteration; if not, the first pass that finds
+            work wins.
+        chunked: whether prompts may be cut to the token budget; if not, a prompt that does not fit stops the
+            pass.
         chunk_cap: most tokens of one chunk; 0: the budget alone (vLLM V1: long_prefill_token_threshold).
-        chunk_cap_alone: whether the cap also holds for a request that is alone in the engine (vLLM V1 0.11: yes, 0.33: no).
+        chunk_cap_alone: whether the cap also holds for a request that is alone in the engine (vLLM V1 0.11:
+            yes, 0.33: no).
         chunk_cap_adaptive: raise the cap to token budget // requests present (vLLM V1 0.33, optional).
         limit_decodes: whether decodes stop at the token budget; else they only use it up.
         limit_prefills: whether prefills stop at the token budget; else prompts of any length run together.
@@ -104,17 +108,23 @@ class Settings:
         admit_after_preemption: whether requests are admitted in an iteration that preempted someone.
         admit_while_swapped: whether new requests are admitted while some are in the CPU tier.
         defer_victims: whether a victim enters the queue only when the plan is complete.
-        backfill: how many requests beyond the first that does not fit are tried; 0: strict head-of-line blocking.
+        backfill: how many requests beyond the first that does not fit are tried; 0: strict head-of-line
+            blocking.
         backfill_within: with that, only requests whose key is at most so many times that of the first that
             does not fit.
         victim: who is preempted.
         sort: how the running list is ordered.
-        free_block_for_decode: whether every decode needs a free block even if it crosses no block boundary (vLLM v0, Sarathi-Serve).
-        free_block_for_chunk: likewise an unfinished chunk, unless its sequence ends on a block boundary (vLLM v0, chunked).
-        reorder_chunked: vLLM v0's running list after a chunked iteration: left-overs, swapped in, decodes, prefills, new.
+        free_block_for_decode: whether every decode needs a free block even if it crosses no block boundary
+            (vLLM v0, Sarathi-Serve).
+        free_block_for_chunk: likewise an unfinished chunk, unless its sequence ends on a block boundary (vLLM
+            v0, chunked).
+        reorder_chunked: vLLM v0's running list after a chunked iteration: left-overs, swapped in, decodes,
+            prefills, new.
         listing: the order in which the plan is reported.
-        admission_preempts: whether the queue's head may preempt running requests that come after it in the order (SRPT, priorities).
-        protect_after: with that, share of the predicted output after which a request is not preempted (TRAIL); inf: never safe.
+        admission_preempts: whether the queue's head may preempt running requests that come after it in the
+            order (SRPT, priorities).
+        protect_after: with that, share of the predicted output after which a request is not preempted
+            (TRAIL); inf: never safe.
         preempt_for_priority: vLLM v0's priority policy.
         max_batch_requests: most requests in one iteration; 0: no limit.
         prefill_interval: iterations between two that carry prefills (vLLM V1: prefill_schedule_interval).
@@ -126,7 +136,8 @@ class Settings:
         boost_gamma: gamma of the `BOOST` order, per second.
         boost_s_per_token: seconds that it takes a prefill token to need.
         lower_bound: share of the predicted output that the `LOWER_BOUND` order and test take for sure.
-        stop_one_later: whether an answer ends when it exceeds the model length rather than when it reaches it (vLLM v0).
+        stop_one_later: whether an answer ends when it exceeds the model length rather than when it reaches it
+            (vLLM v0).
         x: what a routine of its own is set by: a dataclass of up to 16 numbers, or a tuple of them.
     """
 
@@ -185,7 +196,9 @@ class Settings:
         if self.budget_rule is not Budget.FIXED and self.budget_low < 1:
             raise InputError(f"budget_low must be at least 1 token, not {self.budget_low}")
         if not 0 < self.lower_bound <= 1:
-            raise InputError(f"lower_bound must be a share of the prediction in (0, 1], not {self.lower_bound}")
+            raise InputError(
+                f"lower_bound must be a share of the prediction in (0, 1], not {self.lower_bound}"
+            )
         if len(_numbers(self.x)) > _X:
             raise InputError(f"x holds at most {_X} numbers, not {len(_numbers(self.x))}")
 
@@ -227,7 +240,10 @@ _X = 16
 
 def _numbers(x: Any) -> tuple[float, ...]:
     """The numbers of `x`, by position."""
-    return tuple(float(v) for v in (dataclasses.astuple(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else x))
+    return tuple(
+        float(v)
+        for v in (dataclasses.astuple(x) if dataclasses.is_dataclass(x) and not isinstance(x, type) else x)
+    )
 
 
 def policy_fields() -> list[tuple[Any, ...]]:
@@ -241,7 +257,13 @@ def policy_fields() -> list[tuple[Any, ...]]:
         else:
             fields.append((field.name, "f8" if isinstance(field.default, float) else "i8"))
     # How a run treats the scheduler, and what its passes note down.
-    fields += [("enforce_budget", "i8"), ("steady", "i8"), ("last_prefill", "i8"), ("saturated", "i8"), ("unsorted", "i8")]
+    fields += [
+        ("enforce_budget", "i8"),
+        ("steady", "i8"),
+        ("last_prefill", "i8"),
+        ("saturated", "i8"),
+        ("unsorted", "i8"),
+    ]
     return fields
 
 
@@ -250,7 +272,9 @@ def _parse(name: str, value: Any, like: Any) -> Any:
     try:
         if isinstance(like, bool):
             if isinstance(value, str):
-                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
+                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+                    value.lower()
+                ]
             return bool(value)
         if isinstance(like, enum.IntEnum):
             kind = type(like)
