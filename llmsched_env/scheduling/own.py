@@ -61,12 +61,12 @@ def _public(compiled: Any) -> Callable[..., Any]:
 
     functools.update_wrapper(call, compiled.py_func)
     arity = len(inspect.signature(compiled.py_func).parameters)
-    implementation: Callable[..., Any] = {
+    implementations: dict[int, Any] = {
         1: lambda e: compiled(e),
         2: lambda e, a: compiled(e, a),
         3: lambda e, a, b: compiled(e, a, b),
-    }[arity]
-    overload(call, strict=False)(lambda *args: implementation)
+    }
+    overload(call, strict=False)(lambda *args: implementations[arity])
     return call
 
 
