@@ -122,7 +122,7 @@ def suite(name: str, *, schedulers: Sequence[str] = (), seeds: int | None = None
             loads=(0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0, 1.1),
             table_load=0.9,
             schedulers=tuple(schedulers) or tuple(name for name in baselines.names() if name not in UNSTABLE),
-            num_requests=5000,
+            num_requests=3000,
             seeds=10 if seeds is None else seeds,
         )
     raise unknown("suite", name, ("quick", "full"))
