@@ -322,6 +322,8 @@ def _run(
             raise InputError(_broken_rule(requests, scheduler, lanes))
         elif outcome != Outcome.MORE or left <= 0:
             break
+        elif follow is not None and int(lanes.s[0]["iterations"]) >= len(follow):
+            break
     if follow is not None:
         done = int(lanes.s[0]["num_finished"])
         if done < len(requests):

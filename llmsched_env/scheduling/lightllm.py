@@ -59,10 +59,9 @@ _SPARE = 6  # tokens added to what a request may still produce
 _WINDOW = 200
 _LISTS = 5  # sampled lists, at most
 
-# `work`: whether the last iteration prefilled, the running requests seen last (for the past-future variant:
-# how many, and which), the history (in order of finishing, then sorted), the lists of pairs.
-_PREFILLED, _SEEN, _HISTORY_SIZE, _OLDEST = range(4)
-_HISTORY = 4
+# `work`: for the past-future variant how many requests ran when last seen, the lengths of the last answers
+# (how many, the oldest, in order of finishing, sorted), and which ran; then lists of pairs for the peak.
+_SEEN, _HISTORY_SIZE, _OLDEST, _HISTORY = range(4)
 _SORTED = _HISTORY + _WINDOW
 _RUNNING_BEFORE = _SORTED + _WINDOW
 
@@ -86,12 +85,10 @@ def plan_lightllm(e: Engine) -> None:
         q = e.req[e.running[k]]
         if q.computed >= q.target and next_tokens(q) > 0:
             decodes += 1
-    if work[_PREFILLED] == 0.0 or decodes == 0:
+    if decodes == 0 or s.last_prefill != s.iterations - 1:
         late = s.iterations - s.last_prefill > s.x[_MAX_WAIT]
         _prefill(e, decodes, late or decodes == 0)
-    work[_PREFILLED] = 0.0
     if s.prefill_requests > 0:
-        work[_PREFILLED] = 1.0
         s.last_prefill = s.iterations
     else:
         visit_running(e, _DECODES, chunk_cap(e), False)

@@ -37,10 +37,10 @@ class LTR:
 
 _REMAINING, _STARVATION, _PERIOD = range(3)
 
-# Every unfinished request is in one list, linked by `req.before` and `req.after`, by the iteration
-# `req.count` in which it last got a token (arrived, was put first); the queue holds those that wait, by
-# score. `req.level`: iterations that it still comes first. `work`: requests seen, head and tail of the list
-# (a request plus 1; 0: empty), a heap of who runs or is swapped out, the selection.
+# Every unfinished request is in one list, linked by `req.before` and `req.after`, in order of `req.count`,
+# the iteration since which it is idle. The queue holds those that wait, by score. `req.level`: for how many
+# of its iterations it still comes first. `work`: requests seen, head and tail of the list (a request plus 1;
+# 0: empty), a heap of those that run or are swapped out, the selected requests, their tokens.
 _SEEN, _FIRST, _LAST, _HEAP = range(4)
 
 
@@ -70,7 +70,7 @@ def plan_ranked(e: Engine) -> None:
         if grant_error(e, r, int(work[tokens + i])) == 0:
             grant(e, r, int(work[tokens + i]))
             q.level = max(0, q.level - 1)
-            _move_to_end(e, r)
+            _move_to_end(e, r, s.iterations + 1)
     for k in range(s.num_victims):
         if req[e.victims[k]].status == _WAITING:  # the CPU tier is full
             _requeue(e, e.victims[k])
@@ -90,14 +90,14 @@ def _score(e: Engine, q) -> float:  # type: ignore[no-untyped-def]
 def _see_arrivals(e: Engine) -> None:
     for r in range(int(e.work[_SEEN]), e.s.arrived):
         if e.req[r].status == _WAITING:
-            _append(e, r)
+            _append(e, r, e.s.iterations)
     e.work[_SEEN] = e.s.arrived
 
 
 @njit
-def _append(e: Engine, r: int) -> None:
+def _append(e: Engine, r: int, since: int) -> None:
     q = e.req[r]
-    q.count = e.s.iterations
+    q.count = since
     last = int(e.work[_LAST]) - 1
     q.before, q.after = last, -1
     if last >= 0:
@@ -121,9 +121,9 @@ def _remove(e: Engine, r: int) -> None:
 
 
 @njit
-def _move_to_end(e: Engine, r: int) -> None:
+def _move_to_end(e: Engine, r: int, since: int) -> None:
     _remove(e, r)
-    _append(e, r)
+    _append(e, r, since)
 
 
 @njit
@@ -148,7 +148,7 @@ def _prevent_starvation(e: Engine) -> None:
         if s.iterations - q.count < s.x[_STARVATION]:
             return
         q.level = int(s.x[_PERIOD])
-        _move_to_end(e, r)
+        _move_to_end(e, r, s.iterations)
         if q.status == _WAITING:
             _requeue(e, r)
 

@@ -17,8 +17,8 @@ class SimpleChunking:
     """Parameters of simple chunking.
 
     Attributes:
-        empty_turns: whether a decodes' turn that finds nothing leaves the plan empty, as in Sarathi-Serve, where
-            such an iteration takes next to no time. The simulator takes an empty plan for idleness.
+        empty_turns: whether a decodes' turn that finds nothing leaves the plan empty, as in Sarathi-Serve,
+            where that takes next to no time; `simulate` would take an empty plan for idleness.
     """
 
     empty_turns: bool = False
