@@ -19,7 +19,16 @@ from llmsched_env.core.schedule import Schedule
 from llmsched_env.core.state import Error, Lanes, Status
 from llmsched_env.errors import InputError, unknown
 from llmsched_env.profiles import Profile
-from llmsched_env.scheduling import ENGINE, Scheduler, run_compiled, run_lane, run_python, run_schedule
+from llmsched_env.scheduling import (
+    ENGINE,
+    Routine,
+    Scheduler,
+    run_compiled,
+    run_lane,
+    run_python,
+    run_schedule,
+    run_unified,
+)
 from llmsched_env.theory.capacity import Capacity, capacity
 from llmsched_env.workloads import Workload
 
@@ -340,11 +349,13 @@ def _runner(scheduler: Scheduler, lanes: Lanes, follow: Schedule | None) -> Any:
             lanes, 0, log, most, horizon, follow.start_s, follow.ends, follow.requests, follow.tokens
         )
     if scheduler.plan is None:
-        return lambda log, most, horizon, skip: run_lane(lanes, 0, log, most, horizon, skip)
+        run = run_unified if scheduler.settings.routine is Routine.UNIFIED else run_lane
+        return lambda log, most, horizon, skip: run(lanes, 0, log, most, horizon, skip)
     plan = scheduler.plan
     if isinstance(plan, numba.core.registry.CPUDispatcher):
-        compiled = numba.njit(run_compiled, nogil=True)
-        return lambda log, most, horizon, skip: compiled(lanes, 0, plan, log, most, horizon, skip)
+        # Compiled anew for each such scheduler: a function that is an argument cannot be cached on disk.
+        own = numba.njit(run_compiled.py_func, nogil=True)
+        return lambda log, most, horizon, skip: own(lanes, 0, plan, log, most, horizon, skip)
     view = engine_view(lanes, 0)
     return lambda log, most, horizon, skip: run_python(view, plan, log, most, horizon, skip)
 
@@ -389,6 +400,7 @@ def _broken_rule(requests: Requests, scheduler: Scheduler, lanes: Lanes) -> str:
         Error.KV: f"request {name} needs {value} more KV blocks, and {limit} are free; preempt somebody first",
         Error.SEQS: f"request {name} was admitted while {value} of at most {limit} requests run",
         Error.NOT_RESIDENT: f"request {name} is {_status(value)}; only running ones can be preempted",
+        Error.NOT_PLANNED: f"request {name} has no tokens in this iteration that could be taken back",
         Error.STUCK: f"nothing is planned, nothing more arrives, and {int(s['num_waiting'])} requests wait, "
         f"the first of them {name}; a scheduler must always serve somebody",
         Error.LIVELOCK: f"no token came out for {1_000_000} iterations; {name} is preempted again and again",

@@ -54,6 +54,7 @@ __all__ = [
     "run_lane",
     "run_python",
     "run_schedule",
+    "run_unified",
 ]
 
 _RANDOM, _FASTSERVE, _SGLANG, _TRTLLM, _LIGHTLLM, _TGI, _VTC, _RANKED = (int(r) for r in list(Routine)[1:9])
@@ -92,45 +93,41 @@ def plan(e: Engine) -> None:
         plan_unified(e)
 
 
+@njit(inline="always")
+def run_compiled(
+    lanes: Lanes, lane: int, decide: Callable[[Engine], None], log: Log, most: int, horizon: float, skip: int
+) -> int:
+    """Advance one engine under the compiled scheduler `decide(e)` for at most `most` iterations, or until
+    `horizon` (s); returns an `Outcome`.
+    """
+    e = engine_at(lanes, lane)
+    spans = Log(span(log.rows), span(log.requests), span(log.tokens), span(log.used))
+    last = e.s.iterations + most
+    outcome = READY
+    while outcome == READY:
+        outcome = before_plan(e, spans, last, horizon)
+        if outcome == READY:
+            decide(e)
+            outcome = after_plan(e, spans, last, horizon, skip)
+    return outcome
+
+
 @njit
 def run_lane(lanes: Lanes, lane: int, log: Log, most: int, horizon: float, skip: int) -> int:
-    """Advance one engine under its built-in scheduler for at most `most` iterations, or until `horizon` (s);
-    returns an `Outcome`.
-    """
-    e = engine_at(lanes, lane)
-    spans = Log(span(log.rows), span(log.requests), span(log.tokens), span(log.used))
-    last = e.s.iterations + most
-    outcome = READY
-    while outcome == READY:
-        outcome = before_plan(e, spans, last, horizon)
-        if outcome == READY:
-            plan(e)
-            outcome = after_plan(e, spans, last, horizon, skip)
-    return outcome
+    """`run_compiled` under the routine that the engine's settings name."""
+    return run_compiled(lanes, lane, plan, log, most, horizon, skip)
 
 
-def run_compiled(
-    lanes: Lanes, lane: int, own: Callable[[Engine], None], log: Log, most: int, horizon: float, skip: int
-) -> int:
-    """`run_lane` under a scheduler `own(e)` compiled by numba; to be compiled itself, once for each such
-    scheduler.
-    """
-    e = engine_at(lanes, lane)
-    spans = Log(span(log.rows), span(log.requests), span(log.tokens), span(log.used))
-    last = e.s.iterations + most
-    outcome = READY
-    while outcome == READY:
-        outcome = before_plan(e, spans, last, horizon)
-        if outcome == READY:
-            own(e)
-            outcome = after_plan(e, spans, last, horizon, skip)
-    return outcome
+@njit
+def run_unified(lanes: Lanes, lane: int, log: Log, most: int, horizon: float, skip: int) -> int:
+    """`run_lane` for the one routine: it is all that most schedulers need, and compiles in a third of the time."""
+    return run_compiled(lanes, lane, plan_unified, log, most, horizon, skip)
 
 
 def run_python(
     view: EngineView, own: Callable[[Any], None], log: Log, most: int, horizon: float, skip: int
 ) -> int:
-    """`run_lane` under a scheduler `own(e)` in plain Python."""
+    """`run_compiled` for a scheduler `own(e)` in plain Python."""
     e = view.compiled
     last = int(view.s.iterations) + most
     outcome = READY
