@@ -222,8 +222,8 @@ def _prepare(
         if missing.any():
             i = int(np.argmax(missing))
             raise InputError(
-                f"scheduler {scheduler.name} needs predicted lengths, and request {requests.name(i)} has none; "
-                "choose a prediction"
+                f"scheduler {scheduler.name} needs predicted lengths, and request {requests.name(i)} "
+                "has none; choose a prediction"
             )
     _choice("oversized", oversized, ("error", "drop", "keep"))
     stop, limit_tokens, bad = _fitted(requests, scheduler, config)
@@ -329,17 +329,20 @@ def _run(
             log = _grow(log, len(requests))
         elif outcome == Outcome.ERROR:
             raise InputError(_broken_rule(requests, scheduler, lanes))
-        elif outcome != Outcome.MORE or left <= 0:
-            break
-        elif follow is not None and int(lanes.s[0]["iterations"]) >= len(follow):
+        elif outcome != Outcome.MORE or left <= 0 or _used_up(follow, lanes):
             break
     if follow is not None:
         done = int(lanes.s[0]["num_finished"])
         if done < len(requests):
             raise InputError(
-                f"the schedule ends after {len(follow)} iterations, {len(requests) - done} requests unfinished"
+                f"the schedule ends after {len(follow)} iterations with {len(requests) - done} requests "
+                "unfinished"
             )
     return _result(requests, scheduler, profile, config, limit, lanes, log, record)
+
+
+def _used_up(follow: Schedule | None, lanes: Lanes) -> bool:
+    return follow is not None and int(lanes.s[0]["iterations"]) >= len(follow)
 
 
 def _runner(scheduler: Scheduler, lanes: Lanes, follow: Schedule | None) -> Any:
@@ -354,7 +357,7 @@ def _runner(scheduler: Scheduler, lanes: Lanes, follow: Schedule | None) -> Any:
     plan = scheduler.plan
     if isinstance(plan, numba.core.registry.CPUDispatcher):
         # Compiled anew for each such scheduler: a function that is an argument cannot be cached on disk.
-        own = numba.njit(run_compiled.py_func, nogil=True)
+        own: Any = numba.njit(run_compiled.py_func, nogil=True)
         return lambda log, most, horizon, skip: own(lanes, 0, plan, log, most, horizon, skip)
     view = engine_view(lanes, 0)
     return lambda log, most, horizon, skip: run_python(view, plan, log, most, horizon, skip)
@@ -397,7 +400,7 @@ def _broken_rule(requests: Requests, scheduler: Scheduler, lanes: Lanes) -> str:
         Error.TWICE: f"request {name} was given tokens twice in one iteration",
         Error.TOKENS: f"request {name} was given {value} tokens and can use 1 to {limit}",
         Error.BUDGET: f"request {name} was given {value} tokens, and the token budget has {limit} left",
-        Error.KV: f"request {name} needs {value} more KV blocks, and {limit} are free; preempt somebody first",
+        Error.KV: f"request {name} needs {value} more KV blocks, and {limit} are free; preempt somebody",
         Error.SEQS: f"request {name} was admitted while {value} of at most {limit} requests run",
         Error.NOT_RESIDENT: f"request {name} is {_status(value)}; only running ones can be preempted",
         Error.NOT_PLANNED: f"request {name} has no tokens in this iteration that could be taken back",
