@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,15 +66,19 @@ _STYLE: dict[str, Any] = {
 def latency(suite: Suite, summary: pd.DataFrame, path: Path) -> None:
     """Mean latency, p99 TTFT and p99 TPOT against load, a row for each case; bands are 95 % intervals.
 
-    Panels are cut at `CUT` times the best scheduler's value.
+    Panels are cut at `CUT` times the best scheduler's value; who turned requests away is left out.
     """
+    summary = summary[summary["finished"] == suite.num_requests]
     with matplotlib.rc_context(_STYLE):
         rows = len(suite.cases)
         figure = Figure(figsize=(10.5, 0.4 + 2.9 * rows), layout="constrained")
         grid = figure.subplots(rows, len(_PANELS), squeeze=False)
         looks = _looks(suite)
         for axes, (workload, profile) in zip(grid, suite.cases, strict=True):
+            axes[0].set_title(f"{workload} on {profile}", loc="left")
             case = summary.query("workload == @workload and profile == @profile")
+            if case.empty:
+                continue
             for ax, (metric, (label, scale)) in zip(axes, _PANELS.items(), strict=True):
                 for name, look in looks.items():
                     line = case[case["scheduler"] == name].sort_values("load")
@@ -84,20 +89,22 @@ def latency(suite: Suite, summary: pd.DataFrame, path: Path) -> None:
                         low = np.maximum(y - half, y / 10)
                         ax.fill_between(x, low, y + half, color=look["color"], alpha=0.15, linewidth=0)
                 ax.set_yscale("log")
-                ax.set_ylim(top=min(ax.get_ylim()[1], CUT * scale * case.groupby("load")[metric].min().max()))
+                highest = CUT * scale * case.groupby("load")[metric].min().max()
+                if highest < ax.get_ylim()[1]:
+                    ax.set_ylim(top=highest)
                 _plain_ticks(ax.yaxis)
                 ax.set_xlabel("offered load (share of capacity)")
                 ax.set_ylabel(label)
-            axes[0].set_title(f"{workload} on {profile}", loc="left")
-        _legend(figure, grid[0][0])
+        _legend(figure, grid.ravel())
         _save(figure, path)
 
 
 def frontier(suite: Suite, summary: pd.DataFrame, path: Path) -> None:
     """p99 TTFT against p99 TPOT of each scheduler at the suite's table load; the line joins the best.
 
-    Schedulers beyond `CUT` times the best are named below the picture.
+    Schedulers beyond `CUT` times the best are named below the picture; who turned requests away is left out.
     """
+    summary = summary[summary["finished"] == suite.num_requests]
     (ttft, (ttft_label, _)), (tpot, (tpot_label, ms)) = list(_PANELS.items())[1:]
     with matplotlib.rc_context(_STYLE):
         columns = min(len(suite.cases), 2)
@@ -112,11 +119,18 @@ def frontier(suite: Suite, summary: pd.DataFrame, path: Path) -> None:
                 "workload == @workload and profile == @profile and load == @suite.table_load"
             )
             case = case.set_index("scheduler").dropna(subset=[tpot, ttft])
+            ax.set_title(f"{workload} on {profile}, load {suite.table_load:g}", loc="left")
+            if case.empty:
+                continue
             beyond = case.index[(case[ttft] > CUT * case[ttft].min()) | (case[tpot] > CUT * case[tpot].min())]
+            if len(beyond) == len(case):
+                beyond = beyond[:0]
             for name, look in looks.items():
                 if name in case.index and name not in beyond:
                     row = case.loc[name]
-                    bars = {"xerr": ms * row[f"{tpot}_ci"], "yerr": row[f"{ttft}_ci"]}
+                    bars = (
+                        {"xerr": ms * row[f"{tpot}_ci"], "yerr": row[f"{ttft}_ci"]} if look["label"] else {}
+                    )
                     ax.errorbar(ms * row[tpot], row[ttft], **(look | bars), elinewidth=0.8, linestyle="none")
             near = case.drop(index=beyond)
             best = pareto(list(zip(ms * near[tpot], near[ttft], strict=True)))
@@ -127,12 +141,18 @@ def frontier(suite: Suite, summary: pd.DataFrame, path: Path) -> None:
             _plain_ticks(ax.yaxis)
             ax.set_xlabel(tpot_label)
             ax.set_ylabel(ttft_label)
-            ax.set_title(f"{workload} on {profile}, load {suite.table_load:g}", loc="left")
-            if len(beyond):
-                away = [f"{n} ({ms * case[tpot][n]:,.0f} ms, {case[ttft][n]:,.0f} s)" for n in beyond]
-                note = "Outside: " + ", ".join(away)
-                ax.text(0, -0.17, textwrap.fill(note, 80), transform=ax.transAxes, va="top", fontsize=7)
-        _legend(figure, grid[0])
+            away = [
+                f"{name} ({ms * case[tpot][name]:,.0f} ms, {case[ttft][name]:,.0f} s)"
+                for name in beyond
+                if looks[name]["label"]
+            ]
+            if len(away) < len(beyond):
+                away.append(f"{len(beyond) - len(away)} others")
+            if away:
+                note = textwrap.fill("Outside: " + ", ".join(away), 80)
+                below = {"xycoords": "axes fraction", "xytext": (0, -34), "textcoords": "offset points"}
+                ax.annotate(note, (0, 0), va="top", fontsize=7, **below)
+        _legend(figure, grid)
         _save(figure, path)
 
 
@@ -207,6 +227,10 @@ def _plain_ticks(axis: Axis) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _legend(figure: Figure, ax: Axes) -> None:
-    handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper")
+def _legend(figure: Figure, panels: Iterable[Axes]) -> None:
+    """One legend for all panels, each scheduler once."""
+    handles: dict[str, Any] = {}
+    for ax in panels:
+        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper")

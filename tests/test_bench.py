@@ -149,6 +149,25 @@ def test_the_smallest_suites_can_be_drawn(changes: dict[str, Any], tmp_path: Pat
     assert bench.tables(outcome, summary)
 
 
+def test_who_turns_requests_away_is_counted_and_not_drawn(tmp_path: Path) -> None:
+    suite = dataclasses.replace(SMALL, schedulers=("sarathi-nocp",), num_requests=200)
+    outcome = bench.run(suite)
+    summary = bench.summarise(outcome)
+    assert (summary["finished"] < 200).all()
+    (table,) = bench.tables(outcome, summary)
+    assert table.headings[-1] == "served %" and 50 < float(table.rows[0][-1]) < 100
+    assert len(bench.save(outcome, summary, tmp_path)) == 5
+
+
+def test_schedulers_far_from_each_other_can_be_drawn(tmp_path: Path, outcome: bench.Outcome) -> None:
+    summary = bench.summarise(outcome)
+    first, second = (summary["scheduler"] == name for name in ("sarathi", "orca"))
+    summary.loc[first, "ttft_p99"] *= 1000
+    summary.loc[second, "tpot_p99"] *= 1000
+    plots.frontier(SMALL, summary[first | second], tmp_path / "far.png")
+    assert (tmp_path / "far.png").stat().st_size > 0
+
+
 def test_pareto() -> None:
     points = [(1.0, 9.0), (2.0, 9.5), (3.0, 4.0), (3.0, 5.0), (4.0, 4.0), (9.0, 1.0)]
     assert plots.pareto(points) == [(1.0, 9.0), (3.0, 4.0), (9.0, 1.0)]
