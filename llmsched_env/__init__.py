@@ -2,7 +2,8 @@
 
 >>> import baselines
 >>> from llmsched_env import simulate, workloads
->>> result = simulate(workloads.get("fixed-100-10", num_requests=5, rate=1.0, seed=0), baselines.get("sarathi"))
+>>> workload = workloads.get("fixed-100-10", num_requests=5, rate=1.0, seed=0)
+>>> result = simulate(workload, baselines.get("sarathi"))
 >>> int(result.generated_tokens.sum())
 50
 """

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Bad input: a malformed trace, a contradictory setting, an unknown name. The message is a single line."""
+    """Bad input: a malformed trace, a contradictory setting, an unknown name. The message is one line."""
 
 
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:

@@ -357,7 +357,8 @@ def _runner(scheduler: Scheduler, lanes: Lanes, follow: Schedule | None) -> Any:
     plan = scheduler.plan
     if isinstance(plan, numba.core.registry.CPUDispatcher):
         # Compiled anew for each such scheduler: a function that is an argument cannot be cached on disk.
-        own: Any = numba.njit(run_compiled.py_func, nogil=True)
+        loop: Any = run_compiled
+        own = numba.njit(loop.py_func, nogil=True)
         return lambda log, most, horizon, skip: own(lanes, 0, plan, log, most, horizon, skip)
     view = engine_view(lanes, 0)
     return lambda log, most, horizon, skip: run_python(view, plan, log, most, horizon, skip)

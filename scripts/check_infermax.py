@@ -94,7 +94,8 @@ def offline() -> None:
     best = [max(values[i] for key, values in ours.items() if key[0] == 100) for i in range(2)]
     large = [values[i] for key, values in ours.items() if key[0] == 100_000 for i in range(2)]
     print(
-        f"C1: up to {best[0]:.2f}x (vLLM) and {best[1]:.2f}x (Sarathi) on this grid at M=100: {_verdict(min(best) >= 1.9)}"
+        f"C1: up to {best[0]:.2f}x (vLLM) and {best[1]:.2f}x (Sarathi) on this grid at M=100: "
+        f"{_verdict(min(best) >= 1.9)}"
     )
     print(
         f"C2: at M=100,000 all ratios are in {min(large):.2f} to {max(large):.2f}: {_verdict(max(large) < 1)}"
@@ -106,7 +107,8 @@ def online(trace: Path) -> None:
         warnings.simplefilter("ignore")
         requests = workloads.traces.read(trace)
     print("\nSRF (paper: up to 13 % lower mean latency with vLLM on the 70B model)")
-    print(f"{len(requests)} requests of {trace.name}, M=100,000; mean latency of SRF, LRF, no preemptions over NRF")
+    print(f"{len(requests)} requests of {trace.name}, M=100,000")
+    print("mean latency with SRF, with LRF and without preemptions, over that with NRF")
     for profile in ("infermax-70b-tp4", "infermax-7b"):
         for rules, budget in zip(RULES, (16384, 512), strict=True):
             newest = baselines.get(rules).replace(sort="arrival")

@@ -195,7 +195,7 @@ def _stretch(e: Engine, log: Log, last: int, horizon: float, closed: bool) -> No
     others are behind.
     """
     s, req, running = e.s, e.req, e.running
-    # Nobody is preempted meanwhile: the list holds how many tokens each running request has left at the beginning.
+    # Nobody is preempted meanwhile: the list holds how many tokens each running request has left at first.
     left = e.victims
     n = s.num_running
     context = 0
