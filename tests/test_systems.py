@@ -89,6 +89,15 @@ def test_tight_memory_neither_blocks_nor_loses_tokens(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_who_can_never_fit_waits_and_harms_nobody_before(name: str) -> None:
+    requests = Requests.of([0, 1, 2], [10, 60, 10], [5, 60, 5])
+    engine = EngineConfig(kv_blocks=100, block_size=1, token_budget=128, max_model_len=1000, max_num_seqs=8)
+    result = simulate(requests, baselines.get(name), UNIT, engine, oversized="keep", horizon_s=1000)
+    assert np.isfinite(result.finish_s[0]) and np.isnan(result.finish_s[1])
+    assert result.iterations_total < 1000  # it does not run again and again
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_replay_gives_the_same_times(name: str) -> None:
     requests, engine = tight(3)
     scheduler = baselines.get(name)

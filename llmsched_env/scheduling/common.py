@@ -18,6 +18,12 @@ def next_tokens(q) -> int:  # type: ignore[no-untyped-def]
 
 
 @njit
+def fits_alone(e: Engine, q) -> bool:  # type: ignore[no-untyped-def]
+    """Whether the whole of q fits into the KV cache; one that does not may wait for ever, but not start."""
+    return blocks_for(e, q.prompt + q.stop - 1) <= e.s.kv_blocks
+
+
+@njit
 def more_blocks(e: Engine, q, tokens: int) -> int:  # type: ignore[no-untyped-def]
     """KV blocks that q needs for `tokens` further tokens, beyond those it holds."""
     return max(0, blocks_for(e, q.computed + tokens) - q.blocks)

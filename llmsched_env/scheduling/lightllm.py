@@ -11,7 +11,14 @@ from llmsched_env.core.compile import njit
 from llmsched_env.core.engine import grant, grant_error, known_tokens, random_unit
 from llmsched_env.core.state import Engine, Status
 from llmsched_env.errors import InputError
-from llmsched_env.scheduling.common import insert_pair, next_tokens, peak_with, set_pair, sort_pairs
+from llmsched_env.scheduling.common import (
+    fits_alone,
+    insert_pair,
+    next_tokens,
+    peak_with,
+    set_pair,
+    sort_pairs,
+)
 from llmsched_env.scheduling.routine import chunk_cap, make_room, visit_running
 from llmsched_env.scheduling.settings import Pass
 
@@ -146,7 +153,7 @@ def _admit(e: Engine, decodes: int) -> None:
         r = queue.first(e)
         want = min(known_tokens(e.req[r]), int(s.x[_CHUNK]), s.token_budget)
         idle = s.num_running == 0
-        if want > tokens and not idle:
+        if (want > tokens and not idle) or not fits_alone(e, e.req[r]):
             return
         peak = 0.0
         last = stride - 2  # where a list keeps the length that was drawn for r

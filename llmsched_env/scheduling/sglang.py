@@ -9,7 +9,7 @@ from llmsched_env.core.compile import njit
 from llmsched_env.core.engine import evict, grant, grant_error, known_tokens
 from llmsched_env.core.state import Engine
 from llmsched_env.errors import InputError
-from llmsched_env.scheduling.common import decode_blocks, next_tokens
+from llmsched_env.scheduling.common import decode_blocks, fits_alone, next_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _prefill(e: Engine, admits: bool) -> None:
             work[_FULL] = 1.0
             return
         want = min(rest, chunk)
-        if (rest > left and s.prefill_requests > 0) or grant_error(e, r, want) != 0:
+        if (rest > left and s.prefill_requests > 0) or not fits_alone(e, q) or grant_error(e, r, want) != 0:
             return
         grant(e, r, want)
         if want < rest:
