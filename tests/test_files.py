@@ -1,9 +1,13 @@
+"""Files are written whole or not at all."""
+
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest
 
 from llmsched_env.errors import InputError
-from llmsched_env.files import writing, require_writable_file, require_writable_folder
+from llmsched_env.files import require_writable_file, require_writable_folder, writing
 
 
 def test_the_file_appears_only_when_complete(tmp_path: Path) -> None:
