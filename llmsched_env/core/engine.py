@@ -58,7 +58,7 @@ _HEAD, _KEY, _END = (int(x) for x in Place)
 _UNKNOWN_REQUEST, _NOT_SCHEDULABLE = int(Error.UNKNOWN_REQUEST), int(Error.NOT_SCHEDULABLE)
 _TWICE = int(Error.TWICE)
 _TOKENS, _BUDGET, _KV = int(Error.TOKENS), int(Error.BUDGET), int(Error.KV)
-_SEQS, _NOT_RESIDENT = int(Error.SEQS), int(Error.NOT_RESIDENT)
+_SEQS, _NOT_RESIDENT, _NOT_PLANNED = int(Error.SEQS), int(Error.NOT_RESIDENT), int(Error.NOT_PLANNED)
 
 
 # ---------------------------------------------------------------------- small facts
@@ -380,9 +380,17 @@ def grant_decodes(e: Engine, i: int, skip_prefills: bool) -> int:
 
 
 @njit
-def refund(e: Engine, r: int) -> None:
-    """Take the tokens of this iteration back from request r (its KV blocks stay)."""
-    s, q = e.s, e.req[r]
+def refund(e: Engine, r: int) -> bool:
+    """Take the tokens of this iteration back from request r (its KV blocks stay).
+
+    False, with the error noted, if it has none.
+    """
+    s = e.s
+    if r < 0 or r >= len(e.req):
+        return _fail(e, _UNKNOWN_REQUEST, r, r, len(e.req))
+    q = e.req[r]
+    if q.granted == 0:
+        return _fail(e, _NOT_PLANNED, r, q.status, 0)
     if q.computed < q.target:
         s.prefill_tokens -= q.granted
         s.prefill_requests -= 1
@@ -399,6 +407,7 @@ def refund(e: Engine, r: int) -> None:
     for j in range(k, s.num_planned - 1):
         e.plan[j] = e.plan[j + 1]
     s.num_planned -= 1
+    return True
 
 
 @njit
@@ -430,8 +439,9 @@ def evict(e: Engine, r: int) -> bool:
     if q.granted > 0:
         refund(e, r)
     _leave_running(e, r)
-    e.victims[s.num_victims] = r
-    s.num_victims += 1
+    if q.evicted_at != s.iterations:  # else it is listed already: admitted again, and preempted again
+        e.victims[s.num_victims] = r
+        s.num_victims += 1
     s.preemptions += 1
     q.preemptions += 1
     q.evicted_at = s.iterations
@@ -645,6 +655,8 @@ def collect(e: Engine) -> None:
                 s.total_wasted += 1
             if q.status == SWAPPED:
                 _leave_swapped(e, r)
+            elif waiting:  # what was dropped is not needed again
+                q.recomputed -= known_tokens(q) - 1
             finish(e, r, s.clock)
         elif waiting:
             q.need = _need(e, q)

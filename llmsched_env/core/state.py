@@ -74,6 +74,7 @@ class Error(enum.IntEnum):
     CPU_TIER = 9
     STUCK = 10
     LIVELOCK = 11
+    NOT_PLANNED = 12
 
 
 # One request. The first 64 bytes are what each iteration touches; they are a cache line of their own, see

@@ -19,7 +19,7 @@ from llmsched_env.core.engine import (
     swap_in,
 )
 from llmsched_env.core.lanes import EngineView
-from llmsched_env.core.run import READY, SWAPPED_IN, Log, after_plan, before_plan, log_plan, write_log
+from llmsched_env.core.run import DONE, READY, SWAPPED_IN, Log, after_plan, before_plan, log_plan, write_log
 from llmsched_env.core.span import span
 from llmsched_env.core.state import Engine, Lanes, engine_at
 from llmsched_env.scheduling.fastserve import plan_fastserve
@@ -149,9 +149,13 @@ def run_schedule(  # type: ignore[no-untyped-def]
     e = engine_at(lanes, lane)
     s = e.s
     spans = Log(span(log.rows), span(log.requests), span(log.tokens), span(log.used))
-    last = min(s.iterations + most, len(ends))
+    last = s.iterations + most
     outcome = READY
     while outcome == READY:
+        if s.iterations >= len(ends):  # used up
+            if s.asynchronous:
+                collect(e)
+            return DONE
         outcome = before_plan(e, spans, last, horizon)
         if outcome == READY:
             j = s.iterations
