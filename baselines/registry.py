@@ -47,7 +47,7 @@ def get(name: str, **settings: Any) -> Scheduler:
         p.removeprefix("Source:").strip() for p in text.split("\n\n") if p.startswith("Source:")
     )
     made = dataclasses.replace(
-        make(), name=name, summary=text.split("\n", 1)[0], source=" ".join(source.split())
+        make(), name=name, summary=" ".join(text.split("\n\n", 1)[0].split()), source=" ".join(source.split())
     )
     return made.replace(**settings) if settings else made
 

@@ -7,8 +7,10 @@ reproduced token by token (`scripts/check_recorded.py`).
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from baselines.registry import scheduler
+from llmsched_env.core.config import EngineConfig
 from llmsched_env.core.engine import Order, Place
 from llmsched_env.core.state import Hold, Listing
 from llmsched_env.scheduling import Pass, Scheduler, Settings, Sort, Victim
@@ -112,16 +114,23 @@ _V0 = Settings(
     free_block_for_decode=True,
     stop_one_later=True,
 )
-_V0_ENGINE = {"token_budget": 2048, "max_num_seqs": 256, "watermark": 0.01}
+
+
+def _whole_prompts(config: EngineConfig) -> int:
+    """vLLM v0's token budget without chunking: the longest sequence, and at least 2,048."""
+    return max(2048, config.max_model_len or 0)
+
+
+_V0_ENGINE: dict[str, Any] = {"token_budget": _whole_prompts, "max_num_seqs": 256, "watermark": 0.01}
 
 
 @scheduler("vllm-v0")
 def vllm_v0() -> Scheduler:
     """vLLM v0: prefills first, alone; else all decodes. Preempts the newest by recomputation.
 
-    Source: vLLM 0.6.3, default scheduler (recorded). The token budget must be at least the longest sequence.
+    Source: vLLM 0.6.3, default scheduler (recorded). The token budget is the longest sequence, at least 2,048.
     """
-    return Scheduler("", _V0, {**_V0_ENGINE, "token_budget": 16384})
+    return Scheduler("", _V0, _V0_ENGINE)
 
 
 @scheduler("vllm-v0-swap")
@@ -130,7 +139,7 @@ def vllm_v0_swap() -> Scheduler:
 
     Source: vLLM 0.6.3 with preemption_mode=swap (recorded).
     """
-    return Scheduler("", _V0, {**_V0_ENGINE, "token_budget": 16384, "preemption": "swap"})
+    return Scheduler("", _V0, {**_V0_ENGINE, "preemption": "swap"})
 
 
 @scheduler("vllm-v0-priority")
@@ -140,7 +149,7 @@ def vllm_v0_priority() -> Scheduler:
     Source: vLLM 0.6.3 with scheduling policy "priority" (recorded).
     """
     settings = dataclasses.replace(_V0, order=Order.PRIORITY, preempt_for_priority=True)
-    return Scheduler("", settings, {**_V0_ENGINE, "token_budget": 16384})
+    return Scheduler("", settings, _V0_ENGINE)
 
 
 @scheduler("vllm-v0-chunked")

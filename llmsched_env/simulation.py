@@ -184,14 +184,14 @@ def resolve(
     Raises:
         InputError: if neither says how large the KV cache is, or settings contradict each other.
     """
-    config = scheduler.resolve(engine)
+    config = engine
     if config.kv_blocks is None:
         if profile.kv_tokens is None:
             raise InputError(f"profile {profile.name} has no KV capacity; give kv_blocks (--kv-tokens)")
         config = config.replace(kv_blocks=max(1, profile.kv_tokens // config.block_size))
     if config.max_model_len is None:
         config = config.replace(max_model_len=min(config.kv_tokens, longest))
-    return config
+    return scheduler.resolve(config)
 
 
 def _prepare(

@@ -14,13 +14,13 @@ import argparse
 import gc
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from typing import Any
 
+import memory
 import numba
 
 import baselines
@@ -68,7 +68,7 @@ def measure(requests: Requests, profile: str, scheduler: str, skip: str, repeats
     }
 
 
-def peak_rss_mb(num_requests: int, load: float, profile: str, scheduler: str) -> float:
+def peak_of(num_requests: int, load: float, profile: str, scheduler: str) -> float:
     """Peak memory of a process of its own that draws and serves so many requests."""
     arguments = [
         sys.executable,
@@ -111,7 +111,7 @@ def main() -> None:
     requests = draw(options.requests, options.load, *of_engine)
     if options.only_memory:
         simulate(requests, baselines.get(options.scheduler), options.profile)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(memory.peak_rss_mb())
         return
     simulate(
         requests.take(slice(0, 1000)), baselines.get(options.scheduler), options.profile
@@ -132,8 +132,8 @@ def main() -> None:
         "scheduler": options.scheduler,
         "load": options.load,
         "requests": options.requests,
-        "peak_rss_mb": peak_rss_mb(options.requests, options.load, *of_engine),
-        "peak_rss_1m_mb": peak_rss_mb(1_000_000, options.load, *of_engine),
+        "peak_rss_mb": peak_of(options.requests, options.load, *of_engine),
+        "peak_rss_1m_mb": peak_of(1_000_000, options.load, *of_engine),
         "modes": modes,
         "speedup_exact_over_none": modes["none"]["cpu_s"] / default["cpu_s"],
         "speedup_closed_over_none": modes["none"]["cpu_s"] / modes["closed"]["cpu_s"],

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from memory import peak_rss_mb
 
 ROWS = 1_000_000
 
@@ -35,9 +34,7 @@ def main() -> None:
 
         count = len(traces.read(path))
         seconds = time.perf_counter() - begin
-    unit = 1e6 if sys.platform == "darwin" else 1e3
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    print(f"{seconds:.2f} {peak:.0f} (s and MB for {count} rows)")
+    print(f"{seconds:.2f} {peak_rss_mb():.0f} (s and MB for {count} rows)")
 
 
 if __name__ == "__main__":

@@ -430,7 +430,9 @@ def after_plan(e: Engine, log: Log, last: int, horizon: float, skip: int) -> int
         write_log(e, log, start)
     if s.iterations - s.last_progress > _LIVELOCK:
         return _give_up(e, LIVELOCK)
-    if skip != 0 and not s.asynchronous:
+    # A stretch keeps the running list as it is, which a schedule would show.
+    reordered = len(log.requests) > 0 and (s.sort != 0 or s.preempt_for_priority != 0)
+    if skip != 0 and not s.asynchronous and not reordered:
         if s.iterations < last and s.clock < horizon and not _log_full(e, log) and _settled(e):
             _stretch(e, log, last, horizon, skip == 2)
     return READY

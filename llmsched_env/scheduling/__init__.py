@@ -16,6 +16,7 @@ from llmsched_env.core.engine import (
     execute,
     execute_behind,
     grant,
+    grant_error,
     swap_in,
 )
 from llmsched_env.core.lanes import EngineView
@@ -153,17 +154,21 @@ def run_schedule(  # type: ignore[no-untyped-def]
     outcome = READY
     while outcome == READY:
         if s.iterations >= len(ends):  # used up
-            if s.asynchronous:
-                collect(e)
+            collect(e)
             return DONE
         outcome = before_plan(e, spans, last, horizon)
         if outcome == READY:
             j = s.iterations
             if start_s[j] > s.clock:  # the engine idled
+                collect(e)
                 s.clock = s.visible = start_s[j]
                 arrive(e, s.clock)
             for k in range(ends[j - 1] if j > 0 else 0, ends[j]):
                 r = requests[k]
+                if s.visible < s.clock and not _possible(e, r, tokens[k]):
+                    collect(e)  # asynchronous: it waited for what the iteration before brings
+                    s.visible = s.clock
+                    arrive(e, s.clock)
                 if tokens[k] == SWAPPED_IN:
                     swap_in(e, r)
                 elif tokens[k] <= 0:
@@ -174,6 +179,15 @@ def run_schedule(  # type: ignore[no-untyped-def]
                     grant(e, r, tokens[k])
             outcome = after_plan(e, spans, last, horizon, 0)
     return outcome
+
+
+@njit
+def _possible(e: Engine, r: int, tokens: int) -> bool:
+    """Whether the engine can follow a decision of a schedule as it stands."""
+    s = e.s
+    if 0 <= r < len(e.req) and e.req[r].status == SWAPPED:
+        return e.req[r].cpu_blocks <= s.free and s.num_running < s.max_num_seqs
+    return tokens <= 0 or grant_error(e, r, tokens) == 0
 
 
 @njit

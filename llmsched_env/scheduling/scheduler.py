@@ -48,7 +48,8 @@ class Scheduler:
     Attributes:
         name: as in tables and on the command line.
         settings: of the one routine, or of a routine of its own.
-        engine: engine settings of the system it stands for; a user's `EngineConfig` goes before them.
+        engine: engine settings of the system it stands for, or functions of the `EngineConfig` so far that
+            give them; a user's `EngineConfig` goes before them.
         plan: a function of the user's own with the signature `plan(engine)`, plain Python or compiled by
             numba; None: the routine that `settings` names.
         uses_predictions: whether it needs predicted lengths. (The routine's orders and tests that do are
@@ -73,13 +74,14 @@ class Scheduler:
 
     def resolve(self, config: EngineConfig) -> EngineConfig:
         """`config` with this scheduler's defaults where it says nothing (KV capacity and model length are
-        left alone).
+        left alone: functions among the defaults need them set).
 
         Raises:
             InputError: if the engine is to swap, and this scheduler never brings anybody back from the CPU
                 tier.
         """
-        resolved = config.or_else(**{**DEFAULTS, **self.engine})
+        defaults = {**DEFAULTS, **self.engine}
+        resolved = config.or_else(**{k: v(config) if callable(v) else v for k, v in defaults.items()})
         own = self.settings.routine is not Routine.UNIFIED and self.engine.get("preemption") == "swap"
         if resolved.preemption == "swap" and not (own or self.plan or Pass.SWAP_IN in self.settings.passes):
             raise InputError(f"scheduler {self.name} does not swap; choose preemption='recompute'")
