@@ -128,7 +128,7 @@ _V0_ENGINE: dict[str, Any] = {"token_budget": _whole_prompts, "max_num_seqs": 25
 def vllm_v0() -> Scheduler:
     """vLLM v0: prefills first, alone; else all decodes. Preempts the newest by recomputation.
 
-    Source: vLLM 0.6.3, default scheduler (recorded). Its token budget is the longest sequence, at least 2,048.
+    Source: vLLM 0.6.3, default scheduler (recorded). Its token budget is the longest sequence, or 2,048.
     """
     return Scheduler("", _V0, _V0_ENGINE)
 
