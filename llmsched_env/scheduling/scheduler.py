@@ -38,6 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "preemption": "recompute",
     "async_scheduling": False,
 }
+_CHANGING = {Order.REMAINING, Order.BOOST, Order.LOWER_BOUND}  # their keys change with every token
 _PREDICTING = {Order.OUTPUT, Order.TOTAL, Order.AREA, Order.REMAINING, Order.LOWER_BOUND}
 
 
@@ -161,9 +162,10 @@ class Scheduler:
             or s.budget_rule is not Budget.FIXED
             or s.preempt_for_priority
         )
-        merged = (
-            s.sort in (Sort.KEY,)
+        keyed = (
+            s.sort is Sort.KEY
             or s.victim is Victim.KEY
             or s.order in (Order.RANDOM, Order.SCORE, Order.ATTAINED)
+            or (Pass.MERGED in s.passes and s.order in _CHANGING)
         )
-        return 1 if moving or merged else 2
+        return 1 if moving or keyed else 2
