@@ -3,12 +3,13 @@
 The columns are found by their names, so that the common formats need no option:
 
     this package's     arrival_s, prompt_tokens, output_tokens in seconds and tokens; optionally
-    declared_tokens,
-                       predicted_tokens, priority, client, class_id, ttft_target_s, tpot_target_s, request_id
+                       declared_tokens, predicted_tokens, priority, client, class_id, ttft_target_s,
+                       tpot_target_s, request_id
     plain              timestamp, input_tokens, output_tokens
     Azure 2023, 2024   TIMESTAMP, ContextTokens, GeneratedTokens; dates
     BurstGPT           Timestamp, Request tokens, Response tokens; rows without a response are failed calls,
-    left out Vidur              arrived_at, num_prefill_tokens, num_decode_tokens
+                       left out
+    Vidur              arrived_at, num_prefill_tokens, num_decode_tokens
     Mooncake           JSON lines with timestamp in milliseconds, input_length, output_length
 
 Times under another name than `arrival_s` are counted from the first row. Files may be gzip'd.
