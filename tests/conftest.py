@@ -6,5 +6,5 @@ import hypothesis
 _common = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
 hypothesis.settings.register_profile("default", derandomize=True, **_common)
 # For a search of new failures: pytest --hypothesis-profile thorough
-hypothesis.settings.register_profile("thorough", max_examples=3000, **_common)
+hypothesis.settings.register_profile("thorough", max_examples=1000, **_common)
 hypothesis.settings.load_profile("default")

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, Stuck
 
+import baselines
 from llmsched_env.core import engine
 from llmsched_env.core.config import EngineConfig
 from llmsched_env.core.engine import Order, Place
@@ -21,7 +22,18 @@ from llmsched_env.core.run import EVICTED, ITERATION, SWAPPED_OUT, Log, Outcome
 from llmsched_env.core.state import Error, Hold, Listing, Status
 from llmsched_env.errors import InputError
 from llmsched_env.profiles import Profile
-from llmsched_env.scheduling import ENGINE, Budget, Pass, Peak, Scheduler, Settings, Sort, Victim, run_lane
+from llmsched_env.scheduling import (
+    ENGINE,
+    Budget,
+    Pass,
+    Peak,
+    Routine,
+    Scheduler,
+    Settings,
+    Sort,
+    Victim,
+    run_lane,
+)
 from llmsched_env.simulation import Result, replay, resolve, simulate
 
 PROFILES = [
@@ -41,6 +53,7 @@ PROFILES = [
     ),
     Profile(name="staircase", form="staircase", params={"c": 0.004, "a": 0.013, "b0": 24.0}),
 ]
+MORE = 4 * settings.default.max_examples
 MOST = 3000  # iterations of a test case; a few settings, odd together, preempt without end
 
 
@@ -186,6 +199,7 @@ def cases(draw: st.DrawFn) -> Case:
 # ------------------------------------------------------------------------------------------ the oracle
 
 
+@settings(max_examples=MORE)
 @given(cases())
 def test_the_engine_is_the_oracle(case: Case) -> None:
     """Bit for bit: clock, tokens, preemptions, every batch, KV, busy time, gaps between tokens."""
@@ -196,7 +210,10 @@ def test_the_engine_is_the_oracle(case: Case) -> None:
         with pytest.raises(InputError, match="nothing is planned"):
             case.simulate()
         return
-    result = case.simulate()
+    assert_equal(case.simulate(), oracle)
+
+
+def assert_equal(result: Result, oracle: Oracle) -> None:
     rows, batches = result.iterations, batches_of(result)
     assert rows is not None
     assert len(oracle.rows) == len(rows) == result.iterations_total == oracle.iterations
@@ -233,6 +250,38 @@ def batches_of(result: Result) -> list[list[tuple[int, int]]]:
     entries = list(zip(schedule.requests.tolist(), schedule.tokens.tolist(), strict=True))
     ends = schedule.ends.tolist()
     return [entries[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+
+
+UNIFIED = [name for name in baselines.names() if baselines.get(name).settings.routine is Routine.UNIFIED]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("name", UNIFIED)
+def test_every_scheduler_of_the_one_routine_is_the_oracle_under_pressure(
+    name: str, asynchronous: bool
+) -> None:
+    rng = np.random.default_rng(5)
+    n = 30
+    output = rng.integers(1, 60, n)
+    requests = Requests.of(
+        np.cumsum(rng.exponential(0.05, n)),
+        rng.integers(1, 90, n),
+        output,
+        declared_tokens=output + 20,
+        predicted_tokens=output * rng.choice([0.6, 1.0, 1.7], n),
+        priority=rng.integers(0, 3, n),
+        ttft_target_s=rng.choice([0.1, np.inf], n),
+    )
+    scheduler = baselines.get(name)
+    sizes = {"kv_blocks": 60, "block_size": 4, "max_num_seqs": 12, "watermark": 0.02, "cpu_blocks": 30}
+    budget = 48 if scheduler.settings.chunked else 256
+    config = EngineConfig(**sizes, token_budget=budget, async_scheduling=asynchronous)
+    resolved = resolve(config, scheduler, PROFILES[1], longest=200)
+    case = Case(requests, scheduler, PROFILES[1], resolved, frozenset())
+    oracle = case.oracle().run(MOST)
+    assert oracle.iterations < MOST
+    assert_equal(case.simulate(), oracle)
+    assert_same(case.simulate(record=None), case.simulate(record=None, skip="exact"))
 
 
 def test_the_horizon_ends_a_run_where_the_oracle_ends() -> None:
@@ -274,6 +323,7 @@ def assert_same(a: Result, b: Result) -> None:
             assert x == y, field.name
 
 
+@settings(max_examples=MORE)
 @given(cases())
 def test_stretches_in_one_go_are_the_iterations_one_by_one(case: Case) -> None:
     plain = run_or_discard(case)
@@ -306,6 +356,7 @@ def assume_told(result: Result) -> None:
         running = running - victims | {r for r, tokens in batch if tokens > 0}
 
 
+@settings(max_examples=MORE)
 @given(cases())
 def test_a_replayed_schedule_gives_the_same_bits(case: Case) -> None:
     result = run_or_discard(case)
