@@ -45,15 +45,19 @@ def check(path: str | Path) -> Outcome:
         InputError: if the file is not a recorded case of a system that we know.
     """
     try:
-        case = json.loads(Path(path).read_text(encoding="utf-8"))
-        name, iterations = str(case["name"]), case["iterations"]
-        lanes, names = _engine_of(case)
+        return _replay(json.loads(Path(path).read_text(encoding="utf-8")))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise InputError(f"{path}: {error}") from None
-        raise InputError(f"{path}: not a recorded case ({type(error).__name__}: {error})") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        what = " ".join(str(error).split())
+        raise InputError(f"{path}: not a recorded case ({type(error).__name__}: {what})") from None
+
+
+def _replay(case: dict[str, Any]) -> Outcome:
+    name, iterations = str(case["name"]), case["iterations"]
+    lanes, names = _engine_of(case)
     for number, recorded in enumerate(iterations):
         ours = _iterate(lanes, float(recorded["iter"]))
         difference = _compare(recorded, ours, names)
