@@ -102,14 +102,14 @@ class Settings:
         chunk_cap_adaptive: raise the cap to token budget // requests present (vLLM V1 0.33, optional).
         limit_decodes: whether decodes stop at the token budget; else they only use it up.
         limit_prefills: whether prefills stop at the token budget; else prompts of any length run together.
-        test: for how many tokens KV must be free to admit a request.
-        hold: how many of them are reserved at once.
+        test: for how many tokens KV must be free to admit a request, at least those of `hold`.
+        hold: for how many tokens KV is reserved at once.
         watermark_when_idle: whether the watermark also holds while nothing runs.
         admit_after_preemption: whether requests are admitted in an iteration that preempted someone.
         admit_while_swapped: whether new requests are admitted while some are in the CPU tier.
         defer_victims: whether a victim enters the queue only when the plan is complete.
-        backfill: how many requests beyond the first that does not fit are tried; 0: strict head-of-line
-            blocking.
+        backfill: behind a request that does not fit, later ones that the free blocks can take are admitted
+            until so many of them fail another test; 0: strict head-of-line blocking.
         backfill_within: with that, only requests whose key is at most so many times that of the first that
             does not fit.
         victim: who is preempted.
