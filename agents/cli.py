@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         code = 1
     except OSError as error:
-        return _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+        what = error.strerror or str(error)
+        return _complain(f"{error.filename}: {what}" if error.filename else what)
     except Exception as error:
         from llmsched_env.errors import InputError
 
@@ -196,7 +197,7 @@ def simulate(
     kv_tokens: Annotated[int | None, typer.Option(help="KV cache in tokens; default: the profile's")] = None,
     token_budget: Annotated[int | None, typer.Option(help="most tokens of an iteration")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="most requests running at once")] = None,
-    block_size: Annotated[int, typer.Option(help="tokens of a block of the KV cache")] = 16,
+    block_size: Annotated[int | None, typer.Option(help="tokens of a block of the KV cache: 16")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -233,16 +234,17 @@ def simulate(
         and requests_csv.resolve() == iterations_csv.resolve()
     ):
         raise InputError(f"--requests-csv and --iterations-csv are both {requests_csv}; name two files")
+    for path in (requests_csv, iterations_csv):
+        if path is not None and trace is not None and path.resolve() == trace.resolve():
+            raise InputError(f"{path} is the trace; name another file for the output")
     options = {"num_requests": num_requests, "load": load, "rate": rate}
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     extra = {key: _value(value) for key, value in _pairs("--workload-set", workload_settings)}
     for key in given.keys() & extra.keys():
         raise InputError(f"--workload-set gives {key}, which has an option of its own; give one of them")
     source = _source(workload, trace, seed, {**given, **extra})
-    policy, engine = _policy_and_engine(scheduler, _pairs("--set", settings), kv_tokens, block_size)
-    engine = engine.replace(
-        **{k: v for k, v in (("token_budget", token_budget), ("max_num_seqs", max_num_seqs)) if v is not None}
-    )
+    limits = {"token_budget": token_budget, "max_num_seqs": max_num_seqs, "block_size": block_size}
+    policy, engine = _policy_and_engine(scheduler, _pairs("--set", settings), kv_tokens, limits)
     result = run(
         source,
         policy,
@@ -313,16 +315,24 @@ def _pairs(option: str, items: list[str] | None) -> list[tuple[str, str]]:
 
 
 def _policy_and_engine(
-    scheduler: str, settings: list[tuple[str, str]], kv_tokens: int | None, block_size: int
+    scheduler: str, settings: list[tuple[str, str]], kv_tokens: int | None, limits: dict[str, int | None]
 ) -> tuple[Any, EngineConfig]:
-    """The scheduler and the engine with their settings; a KEY is the engine's if the engine has it."""
+    """The scheduler and the engine with their settings; a KEY is the engine's if the engine has it.
+
+    `limits` are settings of the engine that have an option of their own, None where it is not given.
+    """
     import baselines
     from llmsched_env import EngineConfig, InputError
 
     fields = {field.name for field in dataclasses.fields(EngineConfig)}
     for_engine = {key: _value(value) for key, value in settings if key in fields}
     for_scheduler = {key: value for key, value in settings if key not in fields}
-    block_size = for_engine.setdefault("block_size", block_size)
+    for key, value in limits.items():
+        if value is not None:
+            if key in for_engine:
+                raise InputError(f"give either --{key.replace('_', '-')} or --set {key}=, not both")
+            for_engine[key] = value
+    block_size = for_engine.setdefault("block_size", 16)
     if kv_tokens is not None:
         if "kv_blocks" in for_engine:
             raise InputError("give either --kv-tokens or --set kv_blocks=, not both")

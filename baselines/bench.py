@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -360,7 +361,7 @@ def _with_interval(row: pd.Series, name: str, form: str, scale: float = 1.0) -> 
 
 
 def save(outcome: Outcome, summary: pd.DataFrame, folder: str | Path) -> list[Path]:
-    """Write runs.csv, summary.csv, table.md, latency.png and frontier.png into `folder`, each whole or not.
+    """Write runs.csv, summary.csv, table.md, latency.png and frontier.png into `folder`: all, or none.
 
     Raises:
         InputError: the folder cannot be made or written.
@@ -378,7 +379,7 @@ def save(outcome: Outcome, summary: pd.DataFrame, folder: str | Path) -> list[Pa
     if "latency_mean" in summary:
         writers["latency.png"] = lambda path: plots.latency(outcome.suite, summary, path)
         writers["frontier.png"] = lambda path: plots.frontier(outcome.suite, summary, path)
-    for name, write in writers.items():
-        with writing(folder / name) as path:
-            write(path)
+    with ExitStack() as stack:
+        for name, write in writers.items():
+            write(stack.enter_context(writing(folder / name)))
     return [folder / name for name in writers]

@@ -51,11 +51,18 @@ def _require_writable(folder: Path, path: Path) -> None:
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
-    """A path to write to: it takes the place of `path` when the block ends well, else it goes."""
+    """A path to write to: it takes the place of `path` when the block ends well, else it goes.
+
+    Raises:
+        InputError: the system refuses to write, such as on a full disk; names the path.
+    """
+    named = path
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {named}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)

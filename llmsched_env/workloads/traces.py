@@ -25,7 +25,7 @@ import json
 import math
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -64,6 +64,7 @@ _MAY_MISS = (
 _LABELS = ("client", "class_id")  # whole numbers from 0, or any names, numbered as they appear
 _OPTIONAL = ("declared_tokens", "priority", *_MAY_MISS, *_LABELS, "request_id")
 _LARGEST = 2**30  # tokens
+_LATEST = 1e10  # seconds, 300 years: beyond it a float does not hold microseconds
 
 
 class TraceWarning(UserWarning):
@@ -158,6 +159,12 @@ def read(
         order = np.arange(first, last) if isinstance(order, slice) else order[first:last]
     columns = {name: column[order][:limit].copy() for name, column in columns.items()}
     columns["arrival_s"] = arrival[:limit] * (1.0 if time_scale is None else time_scale)
+    latest = columns["arrival_s"][-1]
+    if latest > _LATEST:
+        raise InputError(
+            f"{path}: arrivals run to {latest:g} s, more than {_LATEST:g} s; if they are in another unit, "
+            "give time_scale, such as 1e-9 for nanoseconds"
+        )
     columns["prompt_tokens"], columns["output_tokens"] = clip(
         columns["prompt_tokens"], columns["output_tokens"]
     )
@@ -181,7 +188,9 @@ def _check(
     """Complain of options that fit no file."""
     if not 0 <= jitter_s < math.inf:
         raise InputError(f"jitter_s must be 0 or more seconds, not {jitter_s!r}")
-    if window is not None and not (len(window) == 2 and 0 <= window[0] < window[1]):
+    if window is not None and not (
+        isinstance(window, Sequence) and len(window) == 2 and 0 <= window[0] < window[1]
+    ):
         raise InputError(f"window must be (start, end) in seconds with 0 <= start < end, not {window!r}")
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise InputError(f"the number of requests must be a whole number from 1, not {limit!r}")
@@ -408,7 +417,7 @@ def _slow(
 ) -> dict[str, NDArray[Any]]:
     """The columns from the rows that can be used; the first one that cannot is an error unless `drop_bad`."""
     kept: list[list[Any]] = []
-    dropped = 0
+    dropped, first = 0, ""
     for line, cells in rows:
         try:
             if isinstance(cells, _Bad):
@@ -422,10 +431,13 @@ def _slow(
             kept.append(row)
         except _Bad as bad:
             dropped += 1
+            field, problem = bad.args
+            where = f", column {layout.names[field]!r}:" if field else ""
+            first = first or f"line {line}{where} {problem}"
             if not drop_bad:
-                field, problem = bad.args
-                where = f", column {layout.names[field]!r}:" if field else ""
-                raise InputError(f"{path}: line {line}{where} {problem}") from None
+                raise InputError(f"{path}: {first}") from None
+    if dropped and not kept:
+        raise InputError(f"{path}: none of its {dropped} rows can be used; the first: {first}")
     if dropped:
         _warn(f"{path}: left out {dropped} of {dropped + len(kept)} rows that cannot be used")
     columns = {field: np.array([row[i] for row in kept]) for i, field in enumerate(layout.position)}
