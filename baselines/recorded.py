@@ -22,7 +22,7 @@ from llmsched_env.core.requests import Requests
 from llmsched_env.core.run import EVICTED, ITERATION, SWAPPED_OUT, Log
 from llmsched_env.core.state import Hold, Status
 from llmsched_env.errors import InputError
-from llmsched_env.scheduling import ENGINE, Scheduler, Victim, run_iteration
+from llmsched_env.scheduling import ENGINE, Scheduler, Sort, Victim, run_iteration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +68,10 @@ def _replay(case: dict[str, Any]) -> Outcome:
 
 def _engine_of(case: dict[str, Any]) -> tuple[Any, list[str]]:
     """The engine of a case, at its beginning, and the requests' ids in order of arrival."""
-    settings = case["config"]
-    scheduler, config = _system(case["engine"], case.get("vllm_version", ""), settings)
+    # A version is given settings that it does not know, too: they are listed, and change nothing.
+    unused = case.get("ignored_by_this_version") or {}
+    settings = {name: value for name, value in case["config"].items() if name not in unused}
+    scheduler, config = _system(case["engine"], case.get("vllm_version") or "", settings)
     # The recorded systems rank requests by when they were made, which is their order in the file.
     order = sorted(range(len(case["requests"])), key=lambda i: case["requests"][i]["arrival_iter"])
     ordered = [case["requests"][i] for i in order]
@@ -83,12 +85,11 @@ def _engine_of(case: dict[str, Any]) -> tuple[Any, list[str]]:
     config = scheduler.resolve(config.replace(kv_blocks=case["usable_blocks"]))
     assert config.max_model_len is not None
     longest = config.max_model_len - requests.prompt_tokens + (1 if scheduler.settings.stop_one_later else 0)
-    limit = np.minimum(requests.declared_tokens, longest)
-    watermark = case.get("watermark_blocks", int(settings.get("watermark", 0.0) * settings["num_gpu_blocks"]))
+    limit = np.clip(requests.declared_tokens, 1, np.maximum(1, longest))
+    watermark = case.get("watermark_blocks")
+    if watermark is None:
+        watermark = int((settings.get("watermark") or 0.0) * settings["num_gpu_blocks"])
     dropped = requests.prompt_tokens > _prompt_limit(case["engine"], settings)
-    if "sarathi" not in case["engine"] and "(v0)" in case["engine"]:
-        blocks = -(-requests.prompt_tokens // config.block_size)
-        dropped |= case["usable_blocks"] - blocks < watermark
     spec = LaneSpec(
         requests=requests,
         config=config,
@@ -119,8 +120,10 @@ def _prompt_limit(engine: str, settings: dict[str, Any]) -> int:
     if "vllm.v1" in engine:
         return int(settings["max_model_len"]) - 1
     budget = settings.get("max_num_batched_tokens") or settings.get("max_batched_tokens")
-    if settings.get("enable_chunked_prefill") or budget is None:
+    if budget is None:
         return int(settings["max_model_len"])
+    if settings.get("enable_chunked_prefill") and budget <= settings["max_model_len"]:
+        return 2**31 - 1  # the chunk is held against the limit, not the prompt
     return min(int(budget), int(settings["max_model_len"]))
 
 
@@ -148,14 +151,15 @@ def _vllm_v1(
     scheduler = get("vllm-v1-0.11" if old else "vllm-v1")
     changes: dict[str, Any] = {
         "chunked": settings.get("enable_chunked_prefill", True),
-        "chunk_cap": settings.get("long_prefill_token_threshold", 0),
-        "chunk_cap_adaptive": settings.get("long_prefill_token_threshold_adaptive", False),
-        "prefill_interval": settings.get("prefill_schedule_interval", 1),
-        "test": Hold.KNOWN if settings.get("scheduler_reserve_full_isl", not old) else Hold.CHUNK,
+        "chunk_cap": settings.get("long_prefill_token_threshold") or 0,
     }
-    if settings["policy"] == "priority":
+    if not old:
+        changes["chunk_cap_adaptive"] = settings.get("long_prefill_token_threshold_adaptive", False)
+        changes["prefill_interval"] = settings.get("prefill_schedule_interval") or 1
+        changes["test"] = Hold.KNOWN if settings.get("scheduler_reserve_full_isl", True) else Hold.CHUNK
+    if settings.get("policy") == "priority":
         changes.update(order=Order.PRIORITY, resume=Place.KEY, victim=Victim.PRIORITY)
-    if settings.get("max_num_active_seqs"):
+    if not old and settings.get("max_num_active_seqs"):
         common["max_num_seqs"] = min(common["max_num_seqs"], settings["max_num_active_seqs"])
     config = EngineConfig(
         **common,
@@ -166,14 +170,15 @@ def _vllm_v1(
 
 
 def _vllm_v0(settings: dict[str, Any], common: dict[str, Any]) -> tuple[Scheduler, EngineConfig]:
-    scheduler = get("vllm-v0-chunked" if settings["enable_chunked_prefill"] else "vllm-v0")
-    if settings["policy"] == "priority":
-        scheduler = get("vllm-v0-priority")
+    if settings.get("enable_chunked_prefill"):
+        scheduler = get("vllm-v0-chunked")  # which has no priority policy
+    else:
+        scheduler = get("vllm-v0-priority" if settings.get("policy") == "priority" else "vllm-v0")
     config = EngineConfig(
         **common,
         token_budget=settings["max_num_batched_tokens"],
-        preemption="swap" if settings["preemption_mode"] == "swap" else "recompute",
-        cpu_blocks=settings["num_cpu_blocks"],
+        preemption="swap" if settings.get("preemption_mode") == "swap" else "recompute",
+        cpu_blocks=settings.get("num_cpu_blocks"),
     )
     return scheduler, config
 
@@ -181,8 +186,10 @@ def _vllm_v0(settings: dict[str, Any], common: dict[str, Any]) -> tuple[Schedule
 def _sarathi(settings: dict[str, Any], common: dict[str, Any]) -> tuple[Scheduler, EngineConfig]:
     name = settings["scheduler"]
     if name == "vllm":
-        budget = min(settings["max_batched_tokens"] or settings["max_model_len"], settings["max_model_len"])
-        return get("vllm-v0"), EngineConfig(**common, token_budget=budget)
+        longest = settings["max_model_len"]
+        budget = min(settings.get("max_batched_tokens") or longest, longest)
+        scheduler = get("vllm-v0", sort=Sort.ARRIVAL, drop_unfit=False)
+        return scheduler, EngineConfig(**common, token_budget=budget)
     known = {
         "sarathi": "sarathi",
         "orca": "orca",
@@ -192,7 +199,7 @@ def _sarathi(settings: dict[str, Any], common: dict[str, Any]) -> tuple[Schedule
     if name not in known:
         raise InputError(f"unknown scheduler {name!r} of Sarathi-Serve; known: {', '.join(known)}, vllm")
     scheduler = get(known[name], **({"empty_turns": True} if name == "simple_chunking" else {}))
-    return scheduler, EngineConfig(**common, token_budget=settings["chunk_size"])
+    return scheduler, EngineConfig(**common, token_budget=settings.get("chunk_size"))
 
 
 def _iterate(lanes: Any, until: float) -> dict[str, Any]:

@@ -112,6 +112,7 @@ _V0 = Settings(
     chunked=False,
     hold=Hold.KNOWN,
     free_block_for_decode=True,
+    drop_unfit=True,
     stop_one_later=True,
 )
 
@@ -209,6 +210,9 @@ def vllm_v1_priority() -> Scheduler:
     return Scheduler("", settings, _V1_ENGINE)
 
 
+_V1_011 = dataclasses.replace(_V1, test=Hold.CHUNK, chunk_cap_alone=True, pass_over=True)
+
+
 @scheduler("vllm-v1-0.11")
 def vllm_v1_011() -> Scheduler:
     """vLLM V1 of 2025: a request is admitted when its first chunk fits.
@@ -216,4 +220,4 @@ def vllm_v1_011() -> Scheduler:
     Source: vLLM 0.11.0 (known from its rules). Its bug that a priority victim keeps its tokens in the plan is
     left out.
     """
-    return Scheduler("", dataclasses.replace(_V1, test=Hold.CHUNK, chunk_cap_alone=True), _V1_ENGINE)
+    return Scheduler("", _V1_011, _V1_ENGINE)

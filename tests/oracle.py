@@ -287,13 +287,13 @@ class Oracle:
         assert len(self.running) <= self.config.max_num_seqs
         self.granted[r] = tokens
 
-    def evict(self, r: Request) -> None:
+    def evict(self, r: Request, may_swap: bool = True) -> None:
         """To the CPU tier where the engine swaps and there is room; else its KV is dropped."""
         self.granted.pop(r, None)
         self.running.remove(r)
         r.preemptions += 1
         r.evicted_in, r.evicted_rest = self.iterations, max(0, r.target - r.computed)
-        to_cpu = self.config.preemption == "swap" and r.blocks <= self.cpu_free
+        to_cpu = may_swap and self.config.preemption == "swap" and r.blocks <= self.cpu_free
         self.victims[r] = to_cpu
         if to_cpu:
             r.status = SWAPPED
@@ -435,10 +435,10 @@ class Oracle:
     def level(self, r: Request) -> int:
         """Where r stands in the running list after an iteration of chunked vLLM v0."""
         if r in self.brought_back:
-            return 1
+            return 2 if r.prefilling else 1
         if r in self.admitted:
-            return 4
-        return 0 if r not in self.granted else 3 if r.prefilling else 2
+            return 5
+        return 0 if r not in self.granted else 4 if r.prefilling else 3
 
     # ---------------------------------------------------------------------------------------------- admission
 
@@ -454,7 +454,10 @@ class Oracle:
             r = candidates[0]
             want = self.chunk(self.prefill_of(r), cap)
             if want <= 0:
-                return
+                if not s.pass_over:
+                    return
+                candidates = candidates[1:]
+                continue
             fits = len(self.running) < self.config.max_num_seqs and self.fits(r, want)
             if not fits and s.admission_preempts:
                 fits = self.preempt_for(r, want)
@@ -563,7 +566,7 @@ class Oracle:
                 fits = self.blocks_to_admit(head, 0) + self.watermark <= self.free
                 if fits and head.known <= self.budget and len(self.running) < self.config.max_num_seqs:
                     break
-                self.evict(last)
+                self.evict(last, may_swap=False)
         for r in self.queue:
             r.place = self.rank(r)
 

@@ -505,6 +505,19 @@ def swap_in(e: Engine, r: int) -> bool:
 
 
 @njit
+def drop(e: Engine, r: int) -> None:
+    """Give up request r, which waits or is in the CPU tier: it could never be served."""
+    s, q = e.s, e.req[r]
+    if q.status == WAITING:
+        queue.remove(e, r)
+    else:
+        _leave_swapped(e, r)
+        s.kv_tokens -= q.computed
+    q.status = DROPPED
+    s.num_dropped += 1
+
+
+@njit
 def end_plan(e: Engine) -> None:
     """Complete the plan: deferred victims enter the queue, in the order that keeps the running order."""
     s = e.s

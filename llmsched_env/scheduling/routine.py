@@ -16,6 +16,7 @@ from llmsched_env.core.engine import (
     CHUNK,
     Place,
     blocks_for,
+    drop,
     enter_queue,
     evict,
     grant,
@@ -235,11 +236,18 @@ def _reorder_chunked(e: Engine) -> None:
         q = req[r]
         if q.level != _SWAPPED_IN and q.level != _NEW:
             q.level = _LEFT_OVER if q.granted == 0 else _DECODED if q.computed >= q.target else _PREFILLED
+        place = _list_place(q)
         k = i - 1
-        while k >= 0 and req[running[k]].level > q.level:
+        while k >= 0 and _list_place(req[running[k]]) > place:
             running[k + 1] = running[k]
             k -= 1
         running[k + 1] = r
+
+
+@njit
+def _list_place(q) -> int:  # type: ignore[no-untyped-def]
+    """The place of q's kind in that list; of those swapped in, decodes come before prefills."""
+    return 2 * q.level + (1 if q.level == _SWAPPED_IN and q.computed < q.target else 0)
 
 
 # ---------------------------------------------------------------------- admission
@@ -254,6 +262,7 @@ def admit(e: Engine, cap: int) -> None:
     ):
         return
     misfits = 0
+    passed_over = False
     last_key = np.inf  # of those that may be tried behind the first that does not fit
     profile = 0  # entries of the memory profile that the forward-looking test keeps in `work`; 0: not built
     r = queue.first(e)
@@ -263,10 +272,18 @@ def admit(e: Engine, cap: int) -> None:
         if _batch_full(e):
             break
         q = req[r]
+        if s.drop_unfit and q.need + s.watermark_blocks > s.kv_blocks:
+            drop(e, r)
+            r = queue.first(e)
+            continue
         rest = q.evicted_rest if q.evicted_at == s.iterations else known_tokens(q)
         want = _chunk(e, rest, cap)
         if want <= 0:
-            break
+            if not s.pass_over:
+                break
+            passed_over = True
+            r = queue.following(e, r)
+            continue
         room = s.num_running < s.max_num_seqs and _fits(e, r, want, s.free, s.num_running)
         if not room and s.admission_preempts:
             room = _preempt_for(e, r, want)
@@ -277,13 +294,16 @@ def admit(e: Engine, cap: int) -> None:
                 profile = _build_profile(e)
             room = _peak_fits(e, r, profile)
         if room:
-            after = queue.following(e, r) if s.backfill > 0 else -1
+            after = queue.following(e, r) if s.backfill > 0 or passed_over else -1
             if profile > 0:
                 profile = _add_to_profile(e, r, profile)
             q.level = _NEW
             if not grant(e, r, want):
                 break
-            r = _at_or_after(e, after) if misfits > 0 else queue.first(e)
+            if misfits > 0:
+                r = _at_or_after(e, after)
+            else:
+                r = after if passed_over else queue.first(e)
             continue
         if misfits >= s.backfill or s.num_running >= s.max_num_seqs:
             break
@@ -414,7 +434,9 @@ def _preempt_for_priority(e: Engine) -> None:
             fits = req[head].need + watermark(e) <= s.free
             if fits and tokens <= s.budget and s.num_running < s.max_num_seqs:
                 break
+            swap, s.swap = s.swap, 0  # by recomputation in any case: the queue takes no swapped ones
             evict(e, e.running[s.num_running - 1])
+            s.swap = swap
     # Sort what entered since the last time: victims at the front, arrivals at the end.
     r = queue.first(e)
     while r >= 0 and req[r].key == queue.FRONT:
@@ -450,6 +472,9 @@ def _swap_in(e: Engine) -> None:
         if not s.mixed and (s.decodes if q.computed < q.target else s.prefill_requests) > 0:
             break
         need = max(q.computed // s.block_size + 1, blocks_for(e, max(q.computed + want, q.hold)))
+        if s.drop_unfit and need > s.kv_blocks:
+            drop(e, r)
+            continue
         if need + watermark(e) > s.free:
             break
         swap_in(e, r)

@@ -108,6 +108,10 @@ class Settings:
         admit_after_preemption: whether requests are admitted in an iteration that preempted someone.
         admit_while_swapped: whether new requests are admitted while some are in the CPU tier.
         defer_victims: whether a victim enters the queue only when the plan is complete.
+        drop_unfit: whether a request that not even the empty engine could take is dropped when its turn comes
+            (vLLM v0), rather than waiting for ever.
+        pass_over: whether a prompt that may not be cut and exceeds the token budget is passed over, rather
+            than stopping the pass (vLLM V1 0.11).
         backfill: behind a request that does not fit, later ones that the free blocks can take are admitted
             until so many of them fail another test; 0: strict head-of-line blocking.
         backfill_within: with that, only requests whose key is at most so many times that of the first that
@@ -158,6 +162,8 @@ class Settings:
     admit_after_preemption: bool = True
     admit_while_swapped: bool = False
     defer_victims: bool = False
+    drop_unfit: bool = False
+    pass_over: bool = False
     backfill: int = 0
     backfill_within: float = float("inf")
     victim: Victim = Victim.NEWEST
