@@ -141,3 +141,20 @@ def test_the_script_needs_cases(
         assert script.main([str(folder)]) == 2
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.count("\n") == 1 and str(folder) in captured.err
+
+
+def test_vllm_011_passes_over_a_whole_prompt_that_exceeds_the_budget(tmp_path: Path) -> None:
+    case = json.loads(CASE.read_text())
+    case["vllm_version"] = "0.11.0"
+    case["config"] |= {"enable_chunked_prefill": False, "max_num_batched_tokens": 94, "max_num_seqs": 8}
+    case["config"] |= {"num_gpu_blocks": 101, "block_size": 16}
+    case["usable_blocks"] = 100
+    case["requests"] = [
+        {"id": f"r{i}", "arrival_iter": 0, "prompt_len": tokens, "output_len": 5}
+        for i, tokens in enumerate((48, 40, 20, 5))
+    ]
+    free = {"free_blocks_before": 100, "free_blocks_after_schedule": 93, "free_blocks_after_update": 93}
+    scheduled = [["r0", 48], ["r1", 40], ["r3", 5]]  # 6 tokens are left when r2's turn comes
+    case["iterations"] = [{"iter": 0, "scheduled": scheduled, "preempted": [], "finished": [], **free}]
+    (tmp_path / "case.json").write_text(json.dumps(case))
+    assert check(tmp_path / "case.json").difference == ""
