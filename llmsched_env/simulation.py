@@ -203,6 +203,10 @@ def _prepare(
     oversized: str,
 ) -> tuple[Requests, Scheduler, Profile, EngineConfig, Capacity | None, Lanes]:
     """Resolve everything and lay the engine out."""
+    if not isinstance(scheduler, Scheduler):
+        raise InputError(f"{scheduler!r} is not a Scheduler; pass baselines.get({str(scheduler)!r})")
+    if not isinstance(workload, Requests | Workload):
+        raise InputError(f"workload {workload!r} is neither; pass Requests or workloads.get(NAME, ...)")
     profile = profiles.get(profile)
     limit: Capacity | None = None
     if isinstance(workload, Requests):

@@ -1,17 +1,24 @@
 """What a scheduler of your own calls: the engine's primitives, from plain Python and from numba alike.
 
-    from llmsched_env.scheduling.own import first, grant
+    from llmsched_env.scheduling.own import can_grant, first, grant, known_tokens
 
     def first_come_first_served(e):
-        for k in range(e.s.num_running):             # whoever runs goes on
+        for k in range(e.s.num_running):  # whoever runs goes on
             q = e.req[e.running[k]]
-            grant(e, e.running[k], max(1, q.target - q.computed))
-        while e.s.num_waiting > 0 and grant(e, first(e), e.req[first(e)].prompt):
-            pass                                     # admit until one does not fit
+            grant(e, e.running[k], min(max(1, q.target - q.computed), e.s.budget))
+        while e.s.num_waiting > 0:  # admit until one does not fit
+            prompt = min(known_tokens(e.req[first(e)]), e.s.budget)
+            if not can_grant(e, first(e), prompt):
+                break
+            grant(e, first(e), prompt)
+
+It is called for each iteration, also when nobody is there yet: `first(e)` is -1 then, and an empty plan waits
+for the next arrival. `can_grant` asks without doing; a `grant` that breaks a rule ends the run with an error
+that names it.
 
 `e` is an `Engine` (`llmsched_env.core.state`): `e.s` holds the engine's settings and counters, `e.req[r]`
-request r, `e.running[:e.s.num_running]` the running requests. `can_grant` asks without doing. Decorated with
-`numba.njit` the same function runs at the speed of the built-in ones.
+request r, `e.running[:e.s.num_running]` the running requests. Decorated with `numba.njit` the same function
+runs at the speed of the built-in ones; in plain Python it is slower by a factor of a hundred or more.
 """
 
 from __future__ import annotations

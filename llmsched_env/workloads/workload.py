@@ -110,7 +110,7 @@ class Synthetic(Workload):
             )
 
     def draw(self, capacity_rps: float | None = None, rng: np.random.Generator | None = None) -> Requests:
-        rng = np.random.default_rng(self.seed) if rng is None else rng
+        rng = _generator(self.seed) if rng is None else rng
         streams = [np.random.default_rng(int(s)) for s in rng.integers(0, 2**63, size=4)]
         n = int(self.num_requests)
         arrival = self.arrivals.unit_times(n, streams[0])
@@ -171,7 +171,7 @@ class Replay(Workload):
 
     def draw(self, capacity_rps: float | None = None, rng: np.random.Generator | None = None) -> Requests:
         requests, rate = self.requests, self._rate(capacity_rps)
-        rng = np.random.default_rng(self.seed) if rng is None else rng
+        rng = _generator(self.seed) if rng is None else rng
         streams = [np.random.default_rng(int(s)) for s in rng.integers(0, 2**63, size=2)]
         output = requests.output_tokens.astype(np.int64)
         if rate is not None:
@@ -231,3 +231,9 @@ def _moments(classes: tuple[RequestClass, ...], clip: Clip) -> Moments:
     g = 1.2207440846057596
     u = (0.5 + np.outer(np.arange(1, _SAMPLE + 1), [1 / g, 1 / g**2, 1 / g**3])) % 1.0
     return Moments.of(*_lengths(classes, clip, u)[1:])
+
+
+def _generator(seed: int) -> np.random.Generator:
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise InputError(f"seed {seed!r} is not a whole number of at least 0")
+    return np.random.default_rng(seed)
