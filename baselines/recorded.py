@@ -123,7 +123,8 @@ def _prompt_limit(engine: str, settings: dict[str, Any]) -> int:
     if budget is None:
         return int(settings["max_model_len"])
     if settings.get("enable_chunked_prefill") and budget <= settings["max_model_len"]:
-        return 2**31 - 1  # the chunk is held against the limit, not the prompt
+        # The chunk is held against the limit, not the prompt (from memory of 0.6.3, in no recording).
+        return 2**31 - 1
     return min(int(budget), int(settings["max_model_len"]))
 
 

@@ -157,7 +157,8 @@ def vllm_v0_priority() -> Scheduler:
 def vllm_v0_chunked() -> Scheduler:
     """vLLM v0 with chunked prefill: decodes and chunks in queue order, then admissions, budget 512.
 
-    Source: vLLM 0.6.3 with enable_chunked_prefill (recorded).
+    Source: vLLM 0.6.3 with enable_chunked_prefill (recorded). Not seen in a recording but from memory: among
+    those swapped in, decodes stand before prefills in the running list.
     """
     settings = dataclasses.replace(
         _V0,

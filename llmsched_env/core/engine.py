@@ -78,12 +78,6 @@ def known_tokens(q) -> int:  # type: ignore[no-untyped-def]
 
 
 @njit
-def rest_of_prefill(q) -> int:  # type: ignore[no-untyped-def]
-    """Prefill tokens of a running request that are still to be computed; 0 when it is decoding."""
-    return max(0, q.target - q.computed)
-
-
-@njit
 def hold_tokens(e: Engine, q, hold: int) -> int:  # type: ignore[no-untyped-def]
     """Tokens of KV cache that the rule `hold` (`Hold`) asks for when q is admitted; 0 for CHUNK."""
     if hold == CHUNK:

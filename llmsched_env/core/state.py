@@ -71,10 +71,9 @@ class Error(enum.IntEnum):
     KV = 6
     SEQS = 7
     NOT_RESIDENT = 8
-    CPU_TIER = 9
-    STUCK = 10
-    LIVELOCK = 11
-    NOT_PLANNED = 12
+    STUCK = 9
+    LIVELOCK = 10
+    NOT_PLANNED = 11
 
 
 # One request. The first 64 bytes are what each iteration touches; they are a cache line of their own, see
