@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmsched_env import profiles
 from llmsched_env.core.config import EngineConfig
-from llmsched_env.core.lanes import LaneSpec, engine_view, make_lanes
+from llmsched_env.core.lanes import LaneSpec, engine_view, make_lanes, served
 from llmsched_env.core.requests import Requests
 from llmsched_env.core.run import ITERATION, Log, Outcome, Skip
 from llmsched_env.core.schedule import Schedule
@@ -441,7 +441,7 @@ def _result(
     log: Log,
     record: str | None,
 ) -> Result:
-    s, req = lanes.s[0], lanes.req
+    s = lanes.s[0]
     iterations, busy = int(s["iterations"]), float(s["busy"])
     rows = log.rows[: log.used[0]].copy() if record else None
     schedule = None
@@ -452,8 +452,8 @@ def _result(
             log.requests[: log.used[1]].copy(),
             log.tokens[: log.used[1]].copy(),
         )
-    gaps = req["last_token"] - req["first_token"]
-    finish = req["finish"].copy()
+    done = served(lanes.req)
+    finish = done.finish_s
     return Result(
         requests=requests,
         scheduler=scheduler.name,
@@ -461,12 +461,12 @@ def _result(
         engine=config,
         gpus=profile.gpus,
         capacity=limit,
-        first_scheduled_s=req["first_scheduled"].copy(),
-        first_token_s=req["first_token"].copy(),
+        first_scheduled_s=done.first_scheduled_s,
+        first_token_s=done.first_token_s,
         finish_s=finish,
-        generated_tokens=req["generated"].astype(np.int64),
-        preemptions=req["preemptions"].copy(),
-        recomputed_tokens=req["recomputed"].copy(),
+        generated_tokens=done.generated_tokens,
+        preemptions=done.preemptions,
+        recomputed_tokens=done.recomputed_tokens,
         iterations_total=iterations,
         preemptions_total=int(s["preemptions"]),
         busy_s=busy,
@@ -477,7 +477,7 @@ def _result(
         batch_mean=float(s["batch_sum"]) / iterations if iterations else 0.0,
         kv_mean=float(s["kv_seconds"]) / (busy * config.kv_tokens) if busy > 0 else 0.0,
         itl_counts=lanes.itl,
-        itl_sum=float(np.nansum(gaps)),
+        itl_sum=float(np.nansum(done.last_token_s - done.first_token_s)),
         iterations=rows,
         schedule=schedule,
     )

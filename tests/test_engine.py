@@ -574,7 +574,7 @@ def broken_rule(s: Any, req: Any, name: str, r: int, tokens: int) -> Error:
             Hold.KNOWN: known,
             Hold.PEAK: q.prompt + q.stop - 1,
             Hold.PREDICTED: max(known, q.prompt + q.predicted - 1),
-            Hold.DECLARED: max(known, q.prompt + q.declared - 1),
+            Hold.DECLARED: max(known, q.prompt + q.limit - 1),
             Hold.MODEL_LEN: s.max_model_len,
         }[Hold(int(s.hold))]
     need = -(-int(max(q.computed + tokens, held)) // size) - q.blocks

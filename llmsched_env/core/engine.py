@@ -16,12 +16,20 @@ import numpy as np
 from llmsched_env.core import queue
 from llmsched_env.core.compile import njit
 from llmsched_env.core.cost import batch_time
+from llmsched_env.core.cruise import join, step
+from llmsched_env.core.facts import (
+    blocks_for,
+    finish,
+    hold_tokens,
+    known_tokens,
+    length_class,
+    random_unit,
+)
 from llmsched_env.core.histogram import itl_bin
-from llmsched_env.core.state import Engine, Error, Hold, Status
+from llmsched_env.core.state import Engine, Error, Status
 
 # Plain integers: compiled code compares them fastest.
 FUTURE, WAITING, RUNNING, SWAPPED, EVICTED, FINISHED, DROPPED = (int(x) for x in Status)
-CHUNK, KNOWN, PEAK, PREDICTED, DECLARED, MODEL_LEN = (int(x) for x in Hold)
 
 
 class Order(enum.IntEnum):
@@ -59,64 +67,6 @@ _UNKNOWN_REQUEST, _NOT_SCHEDULABLE = int(Error.UNKNOWN_REQUEST), int(Error.NOT_S
 _TWICE = int(Error.TWICE)
 _TOKENS, _BUDGET, _KV = int(Error.TOKENS), int(Error.BUDGET), int(Error.KV)
 _SEQS, _NOT_RESIDENT, _NOT_PLANNED = int(Error.SEQS), int(Error.NOT_RESIDENT), int(Error.NOT_PLANNED)
-
-
-# ---------------------------------------------------------------------- small facts
-
-
-@njit
-def blocks_for(e: Engine, tokens: int) -> int:
-    """KV blocks that hold `tokens` tokens."""
-    # Unsigned, so that the division has no case for negatives.
-    return int(np.uint32(tokens + e.s.block_size - 1) // np.uint32(e.s.block_size))
-
-
-@njit
-def known_tokens(q) -> int:  # type: ignore[no-untyped-def]
-    """Prompt and answer so far: what a re-admission would have to prefill."""
-    return q.prompt + q.generated
-
-
-@njit
-def hold_tokens(e: Engine, q, hold: int) -> int:  # type: ignore[no-untyped-def]
-    """Tokens of KV cache that the rule `hold` (`Hold`) asks for when q is admitted; 0 for CHUNK."""
-    if hold == CHUNK:
-        return 0
-    known = q.prompt + q.generated
-    if hold == KNOWN:
-        return known
-    if hold == PEAK:
-        return q.prompt + q.stop - 1
-    if hold == PREDICTED:
-        whole = (
-            e.s.kv_blocks - e.s.watermark_blocks
-        ) * e.s.block_size  # who is predicted to need more gets all, alone
-        answer = int(np.ceil(min(q.predicted, np.float64(q.limit))))
-        return max(known, min(q.prompt + answer - 1, whole))
-    if hold == DECLARED:
-        return max(known, q.prompt + q.limit - 1)
-    return e.s.max_model_len
-
-
-@njit
-def length_class(prompt: int) -> int:
-    """floor(log2(prompt)): the length class by which finished requests are counted."""
-    k = 0
-    while prompt > 1:
-        prompt >>= 1
-        k += 1
-    return k
-
-
-@njit
-def random_unit(e: Engine) -> float:
-    """A uniform number in [0, 1) from the engine's own generator (SplitMix64)."""
-    state = e.s.random + np.uint64(0x9E3779B97F4A7C15)
-    e.s.random = state
-    x = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    return np.float64(x >> np.uint64(11)) * 2.0**-53
 
 
 @njit
@@ -218,6 +168,7 @@ def begin_plan(e: Engine) -> None:
     """Start an empty plan for the next iteration."""
     s = e.s
     s.num_planned = 0
+    s.cruised = 0
     s.num_victims = 0
     s.num_swapped_in = 0
     s.budget = s.token_budget
@@ -341,7 +292,7 @@ def grant_decodes(e: Engine, i: int, skip_prefills: bool) -> int:
     if s.limit_decodes:
         last = min(last, i + max(0, s.budget))  # one token each
     if s.max_batch_requests > 0:
-        last = min(last, i + max(0, s.max_batch_requests - n))
+        last = min(last, i + max(0, s.max_batch_requests - n - s.cruised))
     if s.free_block_for_decode and s.free < 1:
         return i
     start, context = n, 0
@@ -544,21 +495,6 @@ def iteration_time(e: Engine) -> float:
 
 
 @njit
-def finish(e: Engine, r: int, now: float) -> None:
-    """Request r is done: its KV blocks are free. It still has to leave the running list."""
-    s, q = e.s, e.req[r]
-    s.free += q.blocks
-    q.blocks = 0
-    s.kv_tokens -= q.computed
-    q.status = FINISHED
-    q.finish = now
-    s.num_finished += 1
-    k = length_class(q.prompt)
-    s.class_count[k] += 1.0
-    s.class_total[k] += q.prompt + q.generated
-
-
-@njit
 def _token_out(e: Engine, q, now: float) -> None:  # type: ignore[no-untyped-def]
     """One token of q's answer appears at `now`."""
     s = e.s
@@ -573,10 +509,10 @@ def _token_out(e: Engine, q, now: float) -> None:  # type: ignore[no-untyped-def
 
 @njit
 def drop_finished(e: Engine) -> None:
-    """Close the gaps that finished requests left in the running list."""
+    """Close the gaps that finished requests left in the running list, behind those that cruise."""
     s = e.s
-    kept = 0
-    for k in range(s.num_running):
+    kept = s.cruising
+    for k in range(kept, s.num_running):
         r = e.running[k]
         if e.req[r].status == RUNNING:
             e.running[kept] = r
@@ -592,7 +528,7 @@ def _account(e: Engine, dt: float) -> None:
     s.busy += dt
     s.total_prefill += s.prefill_tokens
     s.total_decode += s.decodes
-    s.batch_sum += s.num_planned
+    s.batch_sum += s.num_planned + s.cruised
     s.kv_seconds += s.kv_tokens * dt
     s.logged_kv = s.kv_tokens
 
@@ -608,7 +544,7 @@ def execute(e: Engine) -> float:
     s.kv_tokens += s.prefill_tokens + s.decodes
     _account(e, dt)
     before = s.num_finished
-    produced = 0
+    produced = s.cruised
     # Most requests got their last token together, so that their gaps fall into one bin: count them, then
     # write.
     counted = len(e.itl) > 0
@@ -636,6 +572,13 @@ def execute(e: Engine) -> float:
         e.itl[slot] += same
     if s.num_finished > before:
         drop_finished(e)
+    if s.cruised > 0:
+        if counted:
+            e.itl[itl_bin(now - s.cruised_at)] += s.cruised
+        s.cruised = 0
+        step(e, 1, now)
+    if s.may_cruise and s.num_running > s.cruising:
+        join(e)
     if produced > 0:
         s.total_generated += produced
         s.last_progress = s.iterations

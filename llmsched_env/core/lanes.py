@@ -9,10 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from llmsched_env.core.compile import njit
 from llmsched_env.core.config import EngineConfig
 from llmsched_env.core.histogram import BINS
 from llmsched_env.core.requests import Requests
 from llmsched_env.core.state import REQUEST, Engine, Lanes, Status, aligned_zeros
+
+_FUTURE, _DROPPED = int(Status.FUTURE), int(Status.DROPPED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +60,7 @@ def make_lanes(specs: Sequence[LaneSpec], engine_dtype: np.dtype[Any]) -> Lanes:
     lanes = Lanes(
         s=np.zeros(len(specs), engine_dtype),
         req=aligned_zeros(int(first[-1]), REQUEST),
-        lists=np.zeros(5 * first[-1], np.int32),
+        lists=np.zeros(6 * first[-1], np.int32),
         work=np.zeros(first_work[-1]),
         cost=np.concatenate([spec.cost for spec in specs]),
         itl=np.zeros(first_itl[-1], np.int64),
@@ -84,6 +87,7 @@ class EngineView(NamedTuple):
     victims: Any
     swapped: Any
     pending: Any
+    due: Any
     work: Any
     cost: Any
     itl: Any
@@ -93,7 +97,7 @@ class EngineView(NamedTuple):
 def engine_view(lanes: Lanes, lane: int) -> EngineView:
     """The view of one lane for plain Python; see `engine_at` for compiled code."""
     lo, hi = lanes.first[lane], lanes.first[lane + 1]
-    lists = lanes.lists[5 * lo : 5 * hi].reshape(5, hi - lo)
+    lists = lanes.lists[6 * lo : 6 * hi].reshape(6, hi - lo)
     rest: tuple[Any, ...] = (
         *lists,
         lanes.work[lanes.first_work[lane] : lanes.first_work[lane + 1]],
@@ -110,24 +114,76 @@ def _offsets(sizes: list[int]) -> NDArray[np.int64]:
 
 
 def _fill_requests(req: NDArray[Any], spec: LaneSpec) -> None:
-    requests = spec.requests
-    req["status"] = np.where(spec.dropped, int(Status.DROPPED), int(Status.FUTURE))
-    req["prompt"] = requests.prompt_tokens
-    req["stop"] = spec.stop_tokens
-    req["limit"] = spec.limit_tokens
-    req["rank"] = np.arange(len(requests))
-    req["arrival"] = requests.arrival_s
-    req["predicted"] = requests.predicted_tokens
-    req["ttft_target"] = requests.ttft_target_s
-    req["tpot_target"] = requests.tpot_target_s
-    req["declared"] = requests.declared_tokens
-    req["priority"] = requests.priority
-    req["client"] = requests.client
-    req["class_id"] = requests.class_id
-    for name in ("last_token", "first_token", "first_scheduled", "finish"):
-        req[name] = np.nan
-    for name in ("up", "left", "right", "evicted_at"):
-        req[name] = -1
+    r = spec.requests
+    numbers = (r.prompt_tokens, spec.stop_tokens, spec.limit_tokens, r.priority, r.client, r.class_id)
+    measures = (r.arrival_s, r.predicted_tokens, r.ttft_target_s, r.tpot_target_s)
+    _write_requests(
+        req,
+        np.ascontiguousarray(spec.dropped),
+        *(np.ascontiguousarray(column, np.int32) for column in numbers),
+        *(np.ascontiguousarray(column, np.float64) for column in measures),
+    )
+
+
+@njit
+def _write_requests(  # type: ignore[no-untyped-def]
+    req, dropped, prompt, stop, limit, priority, client, class_id, arrival, predicted, ttft, tpot
+) -> None:
+    """All fields of zeroed records that do not begin as 0; in one pass over the memory."""
+    for r in range(len(req)):
+        q = req[r]
+        q.status = _DROPPED if dropped[r] else _FUTURE
+        q.prompt, q.stop, q.limit = prompt[r], stop[r], limit[r]
+        q.rank = r
+        q.arrival = arrival[r]
+        q.predicted = predicted[r]
+        q.ttft_target, q.tpot_target = ttft[r], tpot[r]
+        q.priority, q.client, q.class_id = priority[r], client[r], class_id[r]
+        q.last_token = q.first_token = q.first_scheduled = q.finish = np.nan
+        q.up = q.left = q.right = -1
+        q.evicted_at = -1
+
+
+class Served(NamedTuple):
+    """What became of N requests: arrays of shape (N,); seconds, nan where it did not come to that."""
+
+    first_scheduled_s: NDArray[np.float64]
+    first_token_s: NDArray[np.float64]
+    last_token_s: NDArray[np.float64]
+    finish_s: NDArray[np.float64]
+    generated_tokens: NDArray[np.int64]
+    preemptions: NDArray[np.int32]
+    recomputed_tokens: NDArray[np.int64]
+
+
+def served(req: NDArray[Any]) -> Served:
+    """What the records of requests say of how they were served."""
+    n = len(req)
+    result = Served(
+        np.empty(n),
+        np.empty(n),
+        np.empty(n),
+        np.empty(n),
+        np.empty(n, np.int64),
+        np.empty(n, np.int32),
+        np.empty(n, np.int64),
+    )
+    _read_requests(req, result)
+    return result
+
+
+@njit
+def _read_requests(req, to: Served) -> None:  # type: ignore[no-untyped-def]
+    """In one pass over the memory."""
+    for r in range(len(req)):
+        q = req[r]
+        to.first_scheduled_s[r] = q.first_scheduled
+        to.first_token_s[r] = q.first_token
+        to.last_token_s[r] = q.last_token
+        to.finish_s[r] = q.finish
+        to.generated_tokens[r] = q.generated
+        to.preemptions[r] = q.preemptions
+        to.recomputed_tokens[r] = q.recomputed
 
 
 def _fill_engine(s: Any, spec: LaneSpec) -> None:

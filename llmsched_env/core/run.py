@@ -17,16 +17,8 @@ import numpy as np
 from llmsched_env.core import queue
 from llmsched_env.core.compile import njit
 from llmsched_env.core.cost import batch_time, decode_line
-from llmsched_env.core.engine import (
-    arrive,
-    begin_plan,
-    blocks_for,
-    collect,
-    end_plan,
-    execute,
-    execute_behind,
-    finish,
-)
+from llmsched_env.core.cruise import join, step, steps_with_blocks, take_blocks, wake
+from llmsched_env.core.engine import arrive, begin_plan, collect, end_plan, execute, execute_behind
 from llmsched_env.core.histogram import itl_bin, itl_bin_start
 from llmsched_env.core.state import Engine, Error, Level, Listing
 
@@ -190,115 +182,51 @@ def _settled(e: Engine) -> bool:
 def _stretch(e: Engine, log: Log, last: int, horizon: float, closed: bool) -> None:
     """Run the coming iterations of pure decoding in one go, until something arrives, or finishes while others
     wait, or blocks might run short, or iteration `last` or the time `horizon` is reached.
-
-    The requests stay as they are meanwhile, but for those that finish: `total` says how many tokens the
-    others are behind.
     """
-    s, req, running = e.s, e.req, e.running
-    # Nobody is preempted meanwhile: the list holds how many tokens each running request has left at first.
-    left = e.victims
-    n = s.num_running
-    context = 0
-    for k in range(n):
-        q = req[running[k]]
-        if (
-            q.computed < q.target or q.last_token != s.clock
-        ):  # it prefills, or was passed over: its next gap is longer than the iteration
-            return
-        left[k] = q.stop - q.generated
-        context += q.computed + 1
+    s = e.s
+    join(e)
+    if s.cruising == s.num_running:  # else one prefills, or was passed over
+        _cruise_on(e, log, last, horizon, closed)
+    if not s.may_cruise:
+        wake(e)
+
+
+@njit
+def _cruise_on(e: Engine, log: Log, last: int, horizon: float, closed: bool) -> None:
+    s = e.s
     alone = s.num_waiting == 0 and s.num_swapped == 0
-    begin_plan(e)
-    limit = _iterations_with_blocks(e, left)
-    total = 0
+    first = s.iterations
     while True:
-        steps = 2**31 - 1
-        for k in range(n):
-            steps = min(steps, left[k])
-        finishing = steps
-        steps = min(min(steps, limit) - total, last - s.iterations)
-        if steps < 1:
+        n = s.cruising
+        steps = steps_with_blocks(e, min(s.next_due - s.steps, last - s.iterations))
+        if n == 0 or steps < 1:
             break
-        s.num_planned = n
+        if s.iterations == first:
+            begin_plan(e)
         s.decodes = n
         if len(log.requests) > 0:
+            s.num_planned = n
             for k in range(n):
-                e.plan[k] = running[k]
+                e.plan[k] = e.running[k]
+        context = s.cruise_context
         until = min(_next_arrival(e), horizon)
         base, slope = decode_line(e.cost, n) if closed else (np.nan, np.nan)
         if closed and not np.isnan(base) and len(log.rows) == 0:
             done = _sum_closed(e, steps, until, n, base + slope * context, slope * n)
         else:
             done = _sum_exact(e, log, steps, until, n, context)
-        total += done
-        context += done * n
-        s.decode_context = context - n
+        take_blocks(e, done)
+        s.decode_context = context + (done - 1) * n
         s.iterations += done
         s.total_decode += done * n
         s.total_generated += done * n
         s.batch_sum += done * n
-        if total == finishing:
-            kept = 0
-            for k in range(n):
-                r = running[k]
-                if left[k] == total:
-                    q = req[r]
-                    q.computed += total
-                    q.generated += total
-                    q.last_token = s.clock
-                    context -= q.computed + 1
-                    finish(e, r, s.clock)
-                else:
-                    running[kept] = r
-                    left[kept] = left[k]
-                    kept += 1
-            n = kept
-            s.num_running = n
-            if not alone:
-                break
-        if n == 0 or s.clock >= until or _log_full(e, log):
+        step(e, done, s.clock)
+        if s.clock >= until or _log_full(e, log) or (s.num_running < n and not alone):
             break
-    if total == 0:
-        return
-    s.visible = s.clock
-    s.last_progress = s.iterations
-    for k in range(n):
-        q = req[running[k]]
-        q.computed += total
-        q.generated += total
-        q.last_token = s.clock
-        if q.computed > q.blocks * s.block_size:
-            need = blocks_for(e, q.computed) - q.blocks
-            q.blocks += need
-            s.free -= need
-
-
-@njit
-def _iterations_with_blocks(e: Engine, left: Any) -> int:
-    """For how many iterations of pure decoding the free blocks surely suffice, or as many as the request with
-    most tokens `left` has.
-    """
-    s = e.s
-    n = s.num_running
-    spare = s.free - (1 if s.free_block_for_decode else 0)
-    if spare >= n:  # each block that somebody takes lasts for block_size tokens
-        sure = (spare // n) * s.block_size - 1
-        if sure >= 64:
-            return sure
-    low, high = 0, 0
-    for k in range(n):
-        high = max(high, left[k])
-    while low < high:
-        middle = (low + high + 1) // 2
-        need = 0
-        for k in range(n):
-            q = e.req[e.running[k]]
-            need += max(0, blocks_for(e, q.computed + middle) - q.blocks)
-        if need <= spare:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    if s.iterations > first:
+        s.visible = s.clock
+        s.last_progress = s.iterations
 
 
 @njit
@@ -373,6 +301,19 @@ def _series(first: float, slope: float, n: int) -> float:
 
 
 @njit
+def begin_run(e: Engine, log: Log, skip: int) -> None:
+    """Before the first `before_plan` of a run."""
+    s = e.s
+    s.may_cruise = s.lockstep and skip != 0 and not s.asynchronous and len(log.requests) == 0
+
+
+@njit
+def end_run(e: Engine) -> None:
+    """After the last `after_plan` of a run: everything is as it would be without cruising."""
+    wake(e)
+
+
+@njit
 def before_plan(e: Engine, log: Log, last: int, horizon: float) -> int:
     """Begin an iteration: requests arrive, the plan is empty. READY, or the `Outcome` that ends the run."""
     s = e.s
@@ -400,7 +341,7 @@ def after_plan(e: Engine, log: Log, last: int, horizon: float, skip: int) -> int
     end_plan(e)
     if s.error != 0:
         return ERROR
-    idle = s.num_planned == 0 and s.num_victims == 0 and s.num_swapped_in == 0
+    idle = s.num_planned == 0 and s.cruised == 0 and s.num_victims == 0 and s.num_swapped_in == 0
     if len(log.rows) > 0 and not idle:
         log_plan(e, log)
     seen = s.visible

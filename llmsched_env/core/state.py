@@ -115,7 +115,6 @@ _REQUEST = np.dtype(
         ("predicted", "f8"),
         ("ttft_target", "f8"),
         ("tpot_target", "f8"),
-        ("declared", "i4"),
         ("priority", "i4"),
         ("client", "i4"),
         ("class_id", "i4"),
@@ -166,6 +165,9 @@ def aligned_zeros(n: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
     return raw[start : start + n * dtype.itemsize].view(dtype)
 
 
+CROSSINGS = 128  # the largest block size with which requests can cruise
+
+
 # One engine: settings, the policy's settings, counters. Filled by `simulation`, advanced by `engine` and
 # `run`.
 _ENGINE: list[tuple[Any, ...]] = [
@@ -210,6 +212,17 @@ _ENGINE: list[tuple[Any, ...]] = [
     ("decodes", "i8"),
     ("decode_context", "i8"),
     ("swapped_tokens", "i8"),
+    # requests that decode in lock-step, see `cruise`
+    ("may_cruise", "i8"),
+    ("cruising", "i8"),
+    ("cruised", "i8"),  # those that get a token in the plan being built
+    ("steps", "i8"),
+    ("next_due", "i8"),
+    ("cruised_at", "f8"),
+    ("cruise_context", "i8"),
+    ("crossers", "i8"),
+    ("rest_until", "i8"),
+    ("crossings", "i4", (CROSSINGS,)),
     # totals
     ("iterations", "i8"),
     ("preemptions", "i8"),
@@ -256,6 +269,7 @@ class Engine(NamedTuple):
         swapped: (N,) int32; the first `s.num_swapped` are in the CPU tier, oldest first.
         pending: (N,) int32; requests whose sampled token the scheduler has not seen yet (asynchronous
             scheduling).
+        due: (N,) int32; of the first `s.cruising` running requests, when each is looked at (`cruise`).
         work: float64 workspace of the scheduler (tables, counters), its size as the scheduler asked.
         cost: float64 vector of the cost model.
         itl: (10240,) int64 histogram of inter-token latencies, or of length 0.
@@ -268,6 +282,7 @@ class Engine(NamedTuple):
     victims: Any
     swapped: Any
     pending: Any
+    due: Any
     work: Any
     cost: Any
     itl: Any
@@ -280,7 +295,7 @@ class Lanes(NamedTuple):
 
     s: Any  # (L,) engine records
     req: Any  # all requests
-    lists: Any  # int32, 5 for each request: running, plan, victims, swapped, pending
+    lists: Any  # int32, 6 for each request: running, plan, victims, swapped, pending, due
     work: Any
     cost: Any
     itl: Any
@@ -295,7 +310,7 @@ def engine_at(lanes: Lanes, lane: int) -> Engine:
     """The view of one lane."""
     lo, hi = lanes.first[lane], lanes.first[lane + 1]
     n = hi - lo
-    at = 5 * lo
+    at = 6 * lo
     lists = lanes.lists
     return Engine(
         lanes.s[lane],
@@ -305,6 +320,7 @@ def engine_at(lanes: Lanes, lane: int) -> Engine:
         span(lists[at + 2 * n : at + 3 * n]),
         span(lists[at + 3 * n : at + 4 * n]),
         span(lists[at + 4 * n : at + 5 * n]),
+        span(lists[at + 5 * n : at + 6 * n]),
         span(lanes.work[lanes.first_work[lane] : lanes.first_work[lane + 1]]),
         span(lanes.cost[lanes.first_cost[lane] : lanes.first_cost[lane + 1]]),
         span(lanes.itl[lanes.first_itl[lane] : lanes.first_itl[lane + 1]]),

@@ -20,7 +20,18 @@ from llmsched_env.core.engine import (
     swap_in,
 )
 from llmsched_env.core.lanes import EngineView
-from llmsched_env.core.run import DONE, READY, SWAPPED_IN, Log, after_plan, before_plan, log_plan, write_log
+from llmsched_env.core.run import (
+    DONE,
+    READY,
+    SWAPPED_IN,
+    Log,
+    after_plan,
+    before_plan,
+    begin_run,
+    end_run,
+    log_plan,
+    write_log,
+)
 from llmsched_env.core.span import span
 from llmsched_env.core.state import Engine, Lanes, engine_at
 from llmsched_env.scheduling.fastserve import plan_fastserve
@@ -105,11 +116,13 @@ def run_compiled(
     spans = Log(span(log.rows), span(log.requests), span(log.tokens), span(log.used))
     last = e.s.iterations + most
     outcome = READY
+    begin_run(e, spans, skip)
     while outcome == READY:
         outcome = before_plan(e, spans, last, horizon)
         if outcome == READY:
             decide(e)
             outcome = after_plan(e, spans, last, horizon, skip)
+    end_run(e)
     return outcome
 
 

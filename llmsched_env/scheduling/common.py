@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmsched_env.core.compile import njit
-from llmsched_env.core.engine import blocks_for
+from llmsched_env.core.facts import blocks_for
 from llmsched_env.core.state import Engine
 
 # ------------------------------------------------------------------------------------------------ one request

@@ -8,7 +8,8 @@ import numpy as np
 
 from llmsched_env.core import queue
 from llmsched_env.core.compile import njit
-from llmsched_env.core.engine import grant, grant_error, known_tokens, random_unit
+from llmsched_env.core.engine import grant, grant_error
+from llmsched_env.core.facts import known_tokens, random_unit
 from llmsched_env.core.state import Engine, Status
 from llmsched_env.errors import InputError
 from llmsched_env.scheduling.common import (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from llmsched_env.core import queue
 from llmsched_env.core.compile import njit
-from llmsched_env.core.engine import grant, known_tokens, random_unit
+from llmsched_env.core.engine import grant
+from llmsched_env.core.facts import known_tokens, random_unit
 from llmsched_env.core.state import Engine
 from llmsched_env.scheduling.routine import watermark
 

@@ -30,7 +30,7 @@ from typing import Any
 
 from numba.extending import overload
 
-from llmsched_env.core import engine, queue
+from llmsched_env.core import engine, facts, queue
 from llmsched_env.core.compile import njit
 from llmsched_env.core.state import Engine, Error
 
@@ -82,9 +82,9 @@ can_grant = _public(_can_grant)
 evict = _public(engine.evict)
 swap_in = _public(engine.swap_in)
 refund = _public(engine.refund)
-blocks_for = _public(engine.blocks_for)
+blocks_for = _public(facts.blocks_for)
 queue_key = _public(engine.queue_key)
-random_unit = _public(engine.random_unit)
+random_unit = _public(facts.random_unit)
 first = _public(queue.first)
 following = _public(queue.following)
 first_fit = _public(queue.first_fit)

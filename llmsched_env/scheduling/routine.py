@@ -12,20 +12,9 @@ import numpy as np
 
 from llmsched_env.core import queue
 from llmsched_env.core.compile import njit
-from llmsched_env.core.engine import (
-    CHUNK,
-    Place,
-    blocks_for,
-    drop,
-    enter_queue,
-    evict,
-    grant,
-    grant_decodes,
-    known_tokens,
-    length_class,
-    queue_key,
-    swap_in,
-)
+from llmsched_env.core.cruise import cruise, rest
+from llmsched_env.core.engine import Place, drop, enter_queue, evict, grant, grant_decodes, queue_key, swap_in
+from llmsched_env.core.facts import CHUNK, blocks_for, known_tokens, length_class
 from llmsched_env.core.state import Engine, Level, Listing, Status
 from llmsched_env.scheduling.settings import Budget, Pass, Peak, Sort, Victim
 
@@ -92,7 +81,9 @@ def visit_running(e: Engine, what: int, cap: int, held: bool) -> None:
     s, req, running = e.s, e.req, e.running
     if not s.mixed and ((what == _DECODES and s.prefill_requests > 0) or (what == _CHUNKS and s.decodes > 0)):
         return
-    i = 0
+    if s.cruising > 0 and s.cruised == 0 and what != _CHUNKS and not cruise(e):
+        rest(e)
+    i = s.cruising
     while i < s.num_running:
         if what != _CHUNKS:
             i = grant_decodes(e, i, what == _DECODES or held)
@@ -140,7 +131,7 @@ def _wanted(e: Engine, q, cap: int) -> int:  # type: ignore[no-untyped-def]
 
 @njit
 def _batch_full(e: Engine) -> bool:
-    return 0 < e.s.max_batch_requests <= e.s.num_planned
+    return 0 < e.s.max_batch_requests <= e.s.num_planned + e.s.cruised
 
 
 @njit
@@ -158,6 +149,8 @@ def make_room(e: Engine, i: int, want: int) -> int:
             need = max(need, 1)
     elif s.free_block_for_chunk and q.target % s.block_size != 0:
         need = max(need, 1)
+    if s.free < need and s.cruising > 0:
+        rest(e)
     while s.free < need:
         k = _victim(e, i)
         evict(e, e.running[k])

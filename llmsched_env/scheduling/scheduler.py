@@ -93,6 +93,7 @@ class Scheduler:
         self.settings.pack(record)
         record["enforce_budget"] = self.plan is not None
         record["steady"] = self._steady()
+        record["lockstep"] = self._lockstep()
 
     def needs_predictions(self) -> bool:
         """Whether it decides with predicted lengths, so that requests without one are an error."""
@@ -145,6 +146,13 @@ class Scheduler:
         if s.chunked or not s.limit_prefills:
             return np.ones(len(prompt), np.int64)
         return prompt if s.hold in (Hold.PEAK, Hold.DECLARED, Hold.MODEL_LEN) else prompt + stop - 1
+
+    def _lockstep(self) -> bool:
+        """Whether its requests may cruise (`core.cruise`) while it plans: it looks at no decoding request
+        by itself, unless it has to preempt."""
+        s = self.settings
+        looks = s.sort is not Sort.ADMISSION or s.reorder_chunked or Pass.MERGED in s.passes
+        return self._steady() == 2 and not looks
 
     def _steady(self) -> int:
         """How long its decisions stay the same while all that happens is decoding: 2, until something

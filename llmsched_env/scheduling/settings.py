@@ -266,6 +266,7 @@ def policy_fields() -> list[tuple[Any, ...]]:
     fields += [
         ("enforce_budget", "i8"),
         ("steady", "i8"),
+        ("lockstep", "i8"),
         ("last_prefill", "i8"),
         ("saturated", "i8"),
         ("unsorted", "i8"),

@@ -6,7 +6,8 @@ import dataclasses
 
 from llmsched_env.core import queue
 from llmsched_env.core.compile import njit
-from llmsched_env.core.engine import evict, grant, grant_error, known_tokens
+from llmsched_env.core.engine import evict, grant, grant_error
+from llmsched_env.core.facts import known_tokens
 from llmsched_env.core.state import Engine
 from llmsched_env.errors import InputError
 from llmsched_env.scheduling.common import decode_blocks, fits_alone, next_tokens

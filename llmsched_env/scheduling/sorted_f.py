@@ -6,7 +6,7 @@ import numpy as np
 
 from llmsched_env.core import queue
 from llmsched_env.core.compile import njit
-from llmsched_env.core.engine import known_tokens
+from llmsched_env.core.facts import known_tokens
 from llmsched_env.core.state import Engine
 from llmsched_env.scheduling.routine import plan_unified, profile_size
 

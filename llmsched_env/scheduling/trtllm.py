@@ -7,7 +7,8 @@ import enum
 
 from llmsched_env.core import queue
 from llmsched_env.core.compile import njit
-from llmsched_env.core.engine import blocks_for, evict, grant, known_tokens
+from llmsched_env.core.engine import evict, grant
+from llmsched_env.core.facts import blocks_for, known_tokens
 from llmsched_env.core.state import Engine, Status
 from llmsched_env.errors import InputError
 from llmsched_env.scheduling.common import more_blocks, next_tokens

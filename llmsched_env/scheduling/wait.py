@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from llmsched_env.core.compile import njit
-from llmsched_env.core.engine import blocks_for, grant, known_tokens
+from llmsched_env.core.engine import grant
+from llmsched_env.core.facts import blocks_for, known_tokens
 from llmsched_env.core.state import Engine, Status
 from llmsched_env.errors import InputError
 from llmsched_env.scheduling.routine import make_room, watermark
