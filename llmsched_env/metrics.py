@@ -35,16 +35,17 @@ QUANTILES = {"p50": 0.50, "p90": 0.90, "p99": 0.99}
 
 
 def distribution(values: NDArray[np.float64]) -> dict[str, float]:
-    """Mean, p50, p90 and p99 of `values`, interpolated as `numpy.percentile` does; nan if there are none."""
-    n = len(values)
+    """Mean, p50, p90 and p99 of the `values` that are not nan, interpolated as `numpy.percentile` does; nan
+    if there are none."""
+    ordered = np.sort(values)
+    n = int(np.searchsorted(ordered, np.nan))  # nan comes last
     if n == 0:
         return dict.fromkeys(("mean", *QUANTILES), float("nan"))
-    ordered = np.sort(values)
     position = np.array(list(QUANTILES.values())) * (n - 1)
     low = position.astype(np.int64)
     high = np.minimum(low + 1, n - 1)
     at = ordered[low] + (position - low) * (ordered[high] - ordered[low])
-    return {"mean": float(values.mean()), **dict(zip(QUANTILES, at.tolist(), strict=True))}
+    return {"mean": float(ordered[:n].mean()), **dict(zip(QUANTILES, at.tolist(), strict=True))}
 
 
 def request_times(result: Result) -> dict[str, NDArray[np.float64]]:
@@ -149,7 +150,7 @@ def summary(
         "kv_use": float(result.kv_mean),
         "batch_size": float(result.batch_mean),
         "gpu_s_per_1k_tokens": float(result.busy_s) * result.gpus / generated * 1000 if generated else nan,
-        **{name: distribution(values[kept & ~np.isnan(values)]) for name, values in times.items()},
+        **{name: distribution(values if kept.all() else values[kept]) for name, values in times.items()},
         "itl": {
             "mean": float(result.itl_sum) / gaps if gaps else nan,
             **dict(zip(QUANTILES, itl.tolist(), strict=True)),

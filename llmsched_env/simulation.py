@@ -257,19 +257,17 @@ def _fitted(
     settings = scheduler.settings
     assert config.max_model_len is not None and config.kv_blocks is not None
     assert config.token_budget is not None
-    prompt = requests.prompt_tokens.astype(np.int64)
-    longest = config.max_model_len - prompt + (1 if settings.stop_one_later else 0)
-    limit = np.minimum(requests.declared_tokens, longest)
+    # Beyond the longest that there can be a model length says nothing, and int32 suffices.
+    model_len = np.int32(min(config.max_model_len, 2**31 - 2))
+    longest = model_len - requests.prompt_tokens + np.int32(1 if settings.stop_one_later else 0)
+    limit = np.maximum(np.minimum(requests.declared_tokens, longest), np.int32(1))
     stop = np.minimum(requests.output_tokens, limit)
-    bad = longest < 1
-    limit, stop = np.maximum(limit, 1), np.maximum(stop, 1)
-    return (
-        stop.astype(np.int32),
-        limit.astype(np.int32),
-        bad
+    bad = (
+        (longest < 1)
         | (scheduler.least_blocks(requests, stop, limit, config) > config.kv_blocks)
-        | (scheduler.least_budget(requests, stop) > config.token_budget),
+        | (scheduler.least_budget(requests, stop) > config.token_budget)
     )
+    return stop, limit, bad
 
 
 def _misfit(

@@ -16,6 +16,8 @@ Whoever needs their records as they are calls `wake` first. What comes out is eq
 
 from __future__ import annotations
 
+import numpy as np
+
 from llmsched_env.core.compile import njit
 from llmsched_env.core.facts import blocks_for, finish
 from llmsched_env.core.state import CROSSINGS, Engine
@@ -24,19 +26,19 @@ NEVER = 2**31 - 1
 _REST = 16  # iterations without cruising after blocks or budget ran short: joining costs a walk
 
 
-@njit
+@njit(forceinline=True)
 def _crosses(e: Engine, q) -> bool:  # type: ignore[no-untyped-def]
     """Whether q, by the blocks it began with, will ever need another."""
     return q.blocks * e.s.block_size < q.prompt + q.stop - 1
 
 
-@njit
+@njit(forceinline=True)
 def _crossing(e: Engine, q) -> int:  # type: ignore[no-untyped-def]
     """The remainder of the steps in which cruising q takes a block."""
-    return -q.computed % e.s.block_size
+    return -q.computed % e.s.block_size  # computed may be below 0
 
 
-@njit
+@njit(forceinline=True)
 def join(e: Engine) -> None:
     """Let running requests cruise, from the first that does not yet, as long as each got the last token of
     its decode, or its first token, at this moment.
@@ -73,7 +75,7 @@ def join(e: Engine) -> None:
     s.cruising = k
 
 
-@njit
+@njit(forceinline=True)
 def cruise(e: Engine) -> bool:
     """Plan one token for each request that cruises; False if budget, batch or blocks might not suffice."""
     s = e.s
@@ -82,7 +84,7 @@ def cruise(e: Engine) -> bool:
         return False
     if s.max_batch_requests > 0 and s.num_planned + n > s.max_batch_requests:
         return False
-    need = s.crossings[s.steps % s.block_size] if s.crossers > 0 else 0
+    need = s.crossings[np.uint32(s.steps) % np.uint32(s.block_size)] if s.crossers > 0 else 0
     if need + (1 if s.free_block_for_decode else 0) > s.free:
         return False
     s.free -= need
@@ -118,7 +120,7 @@ def rest(e: Engine) -> None:
     e.s.rest_until = e.s.iterations + _REST
 
 
-@njit
+@njit(forceinline=True)
 def _surface(e: Engine, q, granted: int) -> None:  # type: ignore[no-untyped-def]
     """Bring one record up to date, with the blocks that it took and those that `granted` tokens take."""
     s = e.s
@@ -138,7 +140,7 @@ def _forget(e: Engine) -> None:
             s.crossings[i] = 0
 
 
-@njit
+@njit(forceinline=True)
 def step(e: Engine, steps: int, now: float) -> None:
     """Those that cruise have decoded in `steps` iterations, the last of which ended at `now`; their blocks
     are taken already."""
@@ -184,15 +186,15 @@ def _look(e: Engine) -> None:
     s.next_due = soonest
 
 
-@njit
+@njit(forceinline=True)
 def steps_with_blocks(e: Engine, most: int) -> int:
     """In how many of the next `most` steps the free blocks suffice."""
     s = e.s
-    if s.crossers == 0:
-        return most
     spare = s.free - (1 if s.free_block_for_decode else 0)
     if spare < 0:
         return 0
+    if s.crossers == 0:
+        return most
     laps = spare // s.crossers
     spare -= laps * s.crossers
     steps = laps * s.block_size
@@ -205,7 +207,7 @@ def steps_with_blocks(e: Engine, most: int) -> int:
     return most
 
 
-@njit
+@njit(forceinline=True)
 def take_blocks(e: Engine, steps: int) -> None:
     """Take the blocks of the next `steps` steps."""
     s = e.s

@@ -26,6 +26,7 @@ from llmsched_env.core.facts import (
     random_unit,
 )
 from llmsched_env.core.histogram import itl_bin
+from llmsched_env.core.span import prefetch
 from llmsched_env.core.state import Engine, Error, Status
 
 # Plain integers: compiled code compares them fastest.
@@ -120,7 +121,7 @@ def queue_key(e: Engine, r: int) -> float:
     return q.score
 
 
-@njit
+@njit(forceinline=True)
 def _need(e: Engine, q) -> int:  # type: ignore[no-untyped-def]
     """Blocks that must be free to admit q, those that it holds included; for a test on the chunk alone at
     least one.
@@ -148,13 +149,14 @@ def enter_queue(e: Engine, r: int, place: int) -> None:
     queue.insert(e, r)
 
 
-@njit
+@njit(forceinline=True)
 def arrive(e: Engine, until: float) -> None:
     """Let the requests that arrive up to `until` (s) enter the queue; one that can never be admitted is
     dropped.
     """
     s, req = e.s, e.req
     while s.arrived < len(req) and req[s.arrived].arrival <= until:
+        prefetch(req, s.arrived + 2)
         if req[s.arrived].status == FUTURE:
             enter_queue(e, s.arrived, _END if s.preempt_for_priority else _KEY)
         s.arrived += 1
@@ -163,7 +165,7 @@ def arrive(e: Engine, until: float) -> None:
 # ---------------------------------------------------------------------- the plan
 
 
-@njit
+@njit(forceinline=True)
 def begin_plan(e: Engine) -> None:
     """Start an empty plan for the next iteration."""
     s = e.s
@@ -181,7 +183,7 @@ def begin_plan(e: Engine) -> None:
     s.swapped_tokens = 0
 
 
-@njit
+@njit(forceinline=True)
 def _demand(e: Engine, r: int) -> tuple[int, int]:
     """Most tokens that request r can use in this iteration, and tokens of KV that it reserves in any case."""
     q = e.req[r]
@@ -462,7 +464,7 @@ def drop(e: Engine, r: int) -> None:
     s.num_dropped += 1
 
 
-@njit
+@njit(forceinline=True)
 def end_plan(e: Engine) -> None:
     """Complete the plan: deferred victims enter the queue, in the order that keeps the running order."""
     s = e.s
@@ -475,7 +477,7 @@ def end_plan(e: Engine) -> None:
 # ---------------------------------------------------------------------- the iteration
 
 
-@njit
+@njit(forceinline=True)
 def iteration_time(e: Engine) -> float:
     """Seconds that the planned iteration takes: the cost model, and what is swapped."""
     s = e.s
@@ -520,7 +522,7 @@ def drop_finished(e: Engine) -> None:
     s.num_running = kept
 
 
-@njit
+@njit(forceinline=True)
 def _account(e: Engine, dt: float) -> None:
     """Totals of an iteration of `dt` seconds; `kv_tokens` already counts its tokens."""
     s = e.s
@@ -533,7 +535,7 @@ def _account(e: Engine, dt: float) -> None:
     s.logged_kv = s.kv_tokens
 
 
-@njit
+@njit(forceinline=True)
 def execute(e: Engine) -> float:
     """Run the planned iteration (synchronous scheduling) and return its duration (s)."""
     s, req, plan = e.s, e.req, e.plan

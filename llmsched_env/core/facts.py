@@ -12,14 +12,15 @@ CHUNK, KNOWN, PEAK, PREDICTED, DECLARED, MODEL_LEN = (int(x) for x in Hold)
 _FINISHED = int(Status.FINISHED)
 
 
-@njit
+@njit(forceinline=True)
 def blocks_for(e: Engine, tokens: int) -> int:
     """KV blocks that hold `tokens` tokens."""
     # Unsigned, so that the division has no case for negatives.
-    return int(np.uint32(tokens + e.s.block_size - 1) // np.uint32(e.s.block_size))
+    count: int = np.int64(np.uint32(tokens + e.s.block_size - 1) // np.uint32(e.s.block_size))  # type: ignore
+    return count
 
 
-@njit
+@njit(forceinline=True)
 def known_tokens(q) -> int:  # type: ignore[no-untyped-def]
     """Prompt and answer so far: what a re-admission would have to prefill."""
     return q.prompt + q.generated
@@ -46,7 +47,7 @@ def hold_tokens(e: Engine, q, hold: int) -> int:  # type: ignore[no-untyped-def]
     return e.s.max_model_len
 
 
-@njit
+@njit(forceinline=True)
 def length_class(prompt: int) -> int:
     """floor(log2(prompt)): the length class by which finished requests are counted."""
     k = 0
@@ -67,7 +68,7 @@ def random_unit(e: Engine) -> float:
     return np.float64(x >> np.uint64(11)) * 2.0**-53
 
 
-@njit
+@njit(forceinline=True)
 def finish(e: Engine, r: int, now: float) -> None:
     """Request r is done: its KV blocks are free. It still has to leave the running list."""
     s, q = e.s, e.req[r]

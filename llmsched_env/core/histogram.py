@@ -19,7 +19,7 @@ _SHIFT = 52 - 8
 _OFFSET = (1023 + LOWEST) << 8  # the shifted bits of 2**LOWEST
 
 
-@njit
+@njit(forceinline=True)
 def itl_bin(x: float) -> int:
     """The bin of `x` seconds, in [0, BINS)."""
     i = (int(np.float64(x).view(np.int64)) >> _SHIFT) - _OFFSET

@@ -18,7 +18,7 @@ FRONT = -np.inf  # the key of requests put before all others
 NOTHING = 2**31 - 1  # `least` of an empty subtree
 
 
-@njit
+@njit(forceinline=True)
 def _rank(i: int) -> int:
     """A fixed pseudo-random heap priority of node i (the finaliser of MurmurHash3)."""
     x = np.uint32(i + 1)
@@ -27,7 +27,7 @@ def _rank(i: int) -> int:
     return int(x ^ (x >> np.uint32(16)))
 
 
-@njit
+@njit(forceinline=True)
 def _before(req, a: int, b: int) -> bool:  # type: ignore[no-untyped-def]
     return req[a].key < req[b].key or (req[a].key == req[b].key and req[a].order < req[b].order)
 
@@ -129,7 +129,7 @@ def remove(e: Engine, i: int) -> None:
     s.num_waiting -= 1
 
 
-@njit
+@njit(forceinline=True)
 def first(e: Engine) -> int:
     """The request at the head of the queue, -1 if it is empty."""
     at = e.s.root

@@ -137,7 +137,7 @@ def log_plan(e: Engine, log: Log) -> None:
     log.used[1] = at
 
 
-@njit
+@njit(forceinline=True)
 def _log_full(e: Engine, log: Log) -> bool:
     """Whether the next iteration might not find room in the log."""
     if len(log.rows) == 0:
@@ -147,12 +147,12 @@ def _log_full(e: Engine, log: Log) -> bool:
     return len(log.requests) > 0 and log.used[1] + 2 * len(e.req) > len(log.requests)
 
 
-@njit
+@njit(forceinline=True)
 def _next_arrival(e: Engine) -> float:
     return e.req[e.s.arrived].arrival if e.s.arrived < len(e.req) else np.inf
 
 
-@njit
+@njit(forceinline=True)
 def _settled(e: Engine) -> bool:
     """Whether the scheduler, asked now, could only let all running requests decode, and so on until an event.
 
@@ -178,20 +178,21 @@ def _settled(e: Engine) -> bool:
     )
 
 
-@njit
+@njit(forceinline=True)
 def _stretch(e: Engine, log: Log, last: int, horizon: float, closed: bool) -> None:
     """Run the coming iterations of pure decoding in one go, until something arrives, or finishes while others
     wait, or blocks might run short, or iteration `last` or the time `horizon` is reached.
     """
     s = e.s
     join(e)
-    if s.cruising == s.num_running:  # else one prefills, or was passed over
+    # Else one prefills, or was passed over: its next gap is longer than the iteration.
+    if s.cruising == s.num_running and s.cruised_at == s.clock:
         _cruise_on(e, log, last, horizon, closed)
     if not s.may_cruise:
         wake(e)
 
 
-@njit
+@njit(forceinline=True)
 def _cruise_on(e: Engine, log: Log, last: int, horizon: float, closed: bool) -> None:
     s = e.s
     alone = s.num_waiting == 0 and s.num_swapped == 0
@@ -229,7 +230,7 @@ def _cruise_on(e: Engine, log: Log, last: int, horizon: float, closed: bool) -> 
         s.last_progress = s.iterations
 
 
-@njit
+@njit(forceinline=True)
 def _sum_exact(e: Engine, log: Log, steps: int, until: float, batch: int, context: int) -> int:
     """Advance the clock iteration by iteration, until `steps` are done or one ends at `until` or later;
     returns how many.
@@ -313,7 +314,7 @@ def end_run(e: Engine) -> None:
     wake(e)
 
 
-@njit
+@njit(forceinline=True)
 def before_plan(e: Engine, log: Log, last: int, horizon: float) -> int:
     """Begin an iteration: requests arrive, the plan is empty. READY, or the `Outcome` that ends the run."""
     s = e.s
@@ -330,7 +331,7 @@ def before_plan(e: Engine, log: Log, last: int, horizon: float) -> int:
     return READY
 
 
-@njit
+@njit(forceinline=True)
 def after_plan(e: Engine, log: Log, last: int, horizon: float, skip: int) -> int:
     """Run the planned iteration, or wait for the next arrival if nothing is planned, and the stretch of
     decoding that follows.

@@ -11,6 +11,7 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
@@ -85,6 +86,30 @@ def _size(typing_context: Any, source: Any) -> Any:
         return cgutils.create_struct_proxy(signature.args[0])(context, builder, value=args[0]).size
 
     return types.intp(source), build
+
+
+@intrinsic
+def prefetch(typing_context: Any, source: Any, index: Any) -> Any:
+    """Ask memory for the first three cache lines of a record before they are needed; it may lie beyond the
+    end.
+    """
+    signature = types.void(source, types.intp)
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.bitcast(
+            _pointer(context, builder, signature.args[0], args[0], args[1]), cgutils.voidptr_t
+        )
+        ask = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, *[ir.IntType(32)] * 3]),
+            "llvm.prefetch.p0i8",
+        )
+        for line in (0, 64, 128):
+            address = builder.gep(pointer, [ir.IntType(64)(line)])
+            builder.call(ask, [address, *(ir.IntType(32)(x) for x in (1, 3, 1))])  # write, keep, data
+        return context.get_dummy_value()
+
+    return signature, build
 
 
 @overload(operator.getitem, strict=False)

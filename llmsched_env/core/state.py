@@ -76,16 +76,14 @@ class Error(enum.IntEnum):
     NOT_PLANNED = 11
 
 
-# One request. The first 64 bytes are what each iteration touches; they are a cache line of their own, see
-# `aligned_zeros`.
+# One request, a cache line of 64 bytes after the other (see `aligned_zeros`): what each iteration touches,
+# what happens to a request once or twice, and the rest.
 _REQUEST = np.dtype(
     [
         ("status", "i4"),
         ("computed", "i4"),  # tokens whose KV is computed (or being computed, asynchronously)
-        (
-            "target",
-            "i4",
-        ),  # the prefill is done when computed reaches it: prompt, plus the answer so far after a preemption
+        # the prefill is done when computed reaches it: prompt, plus the answer so far after a preemption
+        ("target", "i4"),
         ("generated", "i4"),  # tokens of the answer that came out
         ("stop", "i4"),  # tokens of the answer when it ends
         ("prompt", "i4"),
@@ -104,25 +102,23 @@ _REQUEST = np.dtype(
         ("right", "i4"),
         ("need", "i4"),  # blocks that must be free to admit it
         ("least", "i4"),  # smallest need in the subtree
-        (
-            "limit",
-            "i4",
-        ),  # tokens of the answer at which the engine itself stops it (declared maximum, model length)
-        # -- the rest --
+        # tokens of the answer at which the engine itself stops it (declared maximum, model length)
+        ("limit", "i4"),
         ("arrival", "f8"),
-        ("rank", "i4"),  # place in the order of arrival; ties of any other order go by it
         ("finish", "f8"),
+        ("evicted_at", "i8"),  # iteration of the last preemption, -1: never
+        # -- the rest --
         ("predicted", "f8"),
         ("ttft_target", "f8"),
         ("tpot_target", "f8"),
+        ("rank", "i4"),  # place in the order of arrival; ties of any other order go by it
         ("priority", "i4"),
         ("client", "i4"),
         ("class_id", "i4"),
+        ("recomputed", "i8"),  # tokens whose KV was dropped and had to be computed again
         ("preemptions", "i4"),
         ("swaps", "i4"),
-        ("recomputed", "i8"),  # tokens whose KV was dropped and had to be computed again
-        ("evicted_at", "i8"),  # iteration of the last preemption, -1: never
-        ("evicted_rest", "i4"),  # prefill tokens that were left then
+        ("evicted_rest", "i4"),  # prefill tokens that were left at the last preemption
         ("cpu_blocks", "i4"),  # blocks held in the CPU tier
         # -- scratch of the schedulers --
         ("level", "i4"),

@@ -108,7 +108,7 @@ def visit_running(e: Engine, what: int, cap: int, held: bool) -> None:
         i += 1
 
 
-@njit
+@njit(forceinline=True)
 def _chunk(e: Engine, rest: int, cap: int) -> int:
     """Tokens of the next chunk of a prefill of which `rest` are left; 0: none now."""
     s = e.s
@@ -118,7 +118,7 @@ def _chunk(e: Engine, rest: int, cap: int) -> int:
     return max(0, s.budget) if s.chunked else 0
 
 
-@njit
+@njit(forceinline=True)
 def _wanted(e: Engine, q, cap: int) -> int:  # type: ignore[no-untyped-def]
     """Tokens that running request q can use now: a chunk, or 1; 0 if the budget is used up, or nothing of it
     is left to compute.
@@ -129,7 +129,7 @@ def _wanted(e: Engine, q, cap: int) -> int:  # type: ignore[no-untyped-def]
     return 0 if q.generated + q.in_flight >= q.limit or (s.limit_decodes and s.budget <= 0) else 1
 
 
-@njit
+@njit(forceinline=True)
 def _batch_full(e: Engine) -> bool:
     return 0 < e.s.max_batch_requests <= e.s.num_planned + e.s.cruised
 
@@ -290,7 +290,8 @@ def admit(e: Engine, cap: int) -> None:
             after = queue.following(e, r) if s.backfill > 0 or passed_over else -1
             if profile > 0:
                 profile = _add_to_profile(e, r, profile)
-            q.level = _NEW
+            if s.reorder_chunked or s.listing == _NEW_FIRST:
+                q.level = _NEW
             if not grant(e, r, want):
                 break
             if misfits > 0:
@@ -306,12 +307,12 @@ def admit(e: Engine, cap: int) -> None:
         r = _at_or_after(e, queue.following(e, r))
 
 
-@njit
+@njit(forceinline=True)
 def watermark(e: Engine) -> int:
     return e.s.watermark_blocks if e.s.watermark_when_idle or e.s.num_running > 0 else 0
 
 
-@njit
+@njit(forceinline=True)
 def _at_or_after(e: Engine, r: int) -> int:
     """The first request from r on, in queue order, that the free blocks could take; -1: none."""
     if r < 0:
@@ -320,7 +321,7 @@ def _at_or_after(e: Engine, r: int) -> int:
     return r if e.req[r].need <= room else queue.following_fit(e, r, room)
 
 
-@njit
+@njit(forceinline=True)
 def _fits(e: Engine, r: int, want: int, free: int, running: int) -> bool:
     """Whether `free` blocks take request r, as `test` asks, above the watermark, while so many requests
     run.
@@ -336,7 +337,7 @@ def _fits(e: Engine, r: int, want: int, free: int, running: int) -> bool:
     return need <= free
 
 
-@njit
+@njit(forceinline=True)
 def chunk_cap(e: Engine) -> int:
     """Most tokens of one chunk in this iteration."""
     s = e.s

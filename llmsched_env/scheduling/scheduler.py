@@ -122,12 +122,11 @@ class Scheduler:
         )
         s, size = self.settings, config.block_size
         prompt = requests.prompt_tokens.astype(np.int64)
-        peak = prompt + stop - 1
-        tokens = {
-            Hold.DECLARED: prompt + limit - 1,
-            Hold.MODEL_LEN: np.full(len(prompt), config.max_model_len, np.int64),
-        }
-        held = np.maximum(peak, np.maximum(tokens.get(s.hold, peak), tokens.get(s.test, peak)))
+        held = peak = prompt + (stop - 1)
+        if Hold.DECLARED in (s.hold, s.test):
+            held = np.maximum(held, prompt + (limit - 1))
+        if Hold.MODEL_LEN in (s.hold, s.test):
+            held = np.maximum(held, config.max_model_len)
         blocks = -(-held // size)
         if s.watermark_when_idle:
             blocks = blocks + int(config.watermark * config.kv_blocks)
