@@ -412,9 +412,15 @@ def bench(
 ) -> None:
     """Compare schedulers on the same requests, over loads and seeds: a table, CSV files and pictures."""
     from baselines import bench
+    from llmsched_env.errors import InputError
     from llmsched_env.files import require_writable_folder
 
     names = [] if schedulers is None else [name.strip() for name in schedulers.split(",")]
+    if "" in names:
+        raise InputError(
+            f"--schedulers {schedulers!r} holds an empty name; give names with commas between, "
+            "such as vllm-v1,sarathi"
+        )
     what = bench.suite(suite, schedulers=names, seeds=seeds)
     folder = Path("bench", suite) if output is None else output
     require_writable_folder(folder)
