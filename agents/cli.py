@@ -323,8 +323,14 @@ def _policy_and_engine(
     """
     import baselines
     from llmsched_env import EngineConfig, InputError
+    from llmsched_env.errors import unknown
 
+    policy = baselines.get(scheduler)
     fields = {field.name for field in dataclasses.fields(EngineConfig)}
+    known = fields.union(policy.settings.names())
+    for key, _ in settings:
+        if key not in known:
+            raise unknown("setting", key, [*known, "--kv-tokens"])
     for_engine = {key: _value(value) for key, value in settings if key in fields}
     for_scheduler = {key: value for key, value in settings if key not in fields}
     for key, value in limits.items():
@@ -340,7 +346,7 @@ def _policy_and_engine(
         if kv_tokens < block_size:
             raise InputError(f"--kv-tokens {kv_tokens} is less than one block of {block_size} tokens")
         for_engine["kv_blocks"] = kv_tokens // block_size
-    return baselines.get(scheduler, **for_scheduler), EngineConfig(**for_engine)
+    return policy.replace(**for_scheduler), EngineConfig(**for_engine)
 
 
 def _value(text: str) -> Any:

@@ -158,7 +158,10 @@ GOOD = "arrival_s,prompt_tokens,output_tokens\n0.0,100,5\n"
 BAD = {
     "unknown scheduler": (["--scheduler", "sarathy"], "did you mean 'sarathi'?"),
     "unknown profile": (["--profile", "a100-lama3-8b"], "did you mean 'a100-llama3-8b'?"),
-    "unknown engine": (["--set", "watermrk=1"], "unknown"),
+    "unknown setting of the scheduler": (["--set", "victm=newest"], "setting 'victm'; did you mean 'victim'?"),
+    "unknown setting of the engine": (["--set", "watermrk=1"], "did you mean 'watermark'?"),
+    "misspelt option": (["--set", "token_budgt=512"], "did you mean 'token_budget'?"),
+    "option that is no setting": (["--set", "kv_tokens=1600"], "did you mean '--kv-tokens'?"),
     "setting without a value": (["--set", "watermark"], "KEY=VALUE"),
     "setting twice": (["--set", "watermark=0.1", "--set", "watermark=0.2"], "twice"),
     "setting out of range": (["--set", "watermark=2"], "watermark"),

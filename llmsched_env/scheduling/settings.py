@@ -208,13 +208,19 @@ class Settings:
         if len(_numbers(self.x)) > _X:
             raise InputError(f"x holds at most {_X} numbers, not {len(_numbers(self.x))}")
 
+    def names(self) -> list[str]:
+        """The names that `replace` knows: the settings in `x`, and then the others."""
+        return [*self._own(), *(f.name for f in dataclasses.fields(self) if f.name not in ("routine", "x"))]
+
+    def _own(self) -> list[str]:
+        return [f.name for f in dataclasses.fields(self.x)] if dataclasses.is_dataclass(self.x) else []
+
     def replace(self, **changes: Any) -> Settings:
         """A copy with some settings changed, those in `x` included.
 
         Values may be text, as from a command line; unknown names are an `InputError`.
         """
-        own = [f.name for f in dataclasses.fields(self.x)] if dataclasses.is_dataclass(self.x) else []
-        known = [f.name for f in dataclasses.fields(self) if f.name not in ("routine", "x")]
+        own, known = self._own(), self.names()
         parsed: dict[str, Any] = {}
         x: dict[str, Any] = {}
         for name, value in changes.items():
@@ -223,7 +229,7 @@ class Settings:
             elif name in known:
                 parsed[name] = _parse(name, value, getattr(self, name))
             else:
-                raise unknown("scheduler setting", name, own + known)
+                raise unknown("scheduler setting", name, known)
         if x:
             parsed["x"] = dataclasses.replace(self.x, **x)
         return dataclasses.replace(self, **parsed)
