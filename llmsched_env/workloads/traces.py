@@ -114,8 +114,9 @@ def read(
 
     Args:
         path: CSV or JSON lines, plain or gzip'd; the module's text lists the columns.
-        drop_bad: leave out rows that cannot be used (a `TraceWarning` says how many), in place of an error.
-        sort: sort by arrival, in place of an error.
+        drop_bad: leave out rows that cannot be used (a `TraceWarning` says how many), in place of an error;
+            `--drop-bad` on the command line.
+        sort: sort by arrival, in place of an error; `--sort` on the command line.
         jitter_s: add to each arrival a uniform time in [0, jitter_s) and sort again; for rounded time stamps
             (Mooncake's: 3 seconds).
         window: keep the arrivals in [start, end) seconds, and count from its start.
@@ -163,7 +164,7 @@ def read(
     if latest > _LATEST:
         raise InputError(
             f"{path}: arrivals run to {latest:g} s, more than {_LATEST:g} s; if they are in another unit, "
-            "give time_scale, such as 1e-9 for nanoseconds"
+            "give time_scale, such as 1e-9 for nanoseconds (--workload-set time_scale=1e-9)"
         )
     columns["prompt_tokens"], columns["output_tokens"] = clip(
         columns["prompt_tokens"], columns["output_tokens"]
@@ -279,9 +280,10 @@ def _csv_layout(path: Path, head: list[str]) -> _Layout:
 def _json_layout(path: Path, line: str) -> _Layout:
     try:
         names = _names(path, list(json.loads(line)))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
+        what = getattr(error, "msg", error)
         raise InputError(
-            f"{path}: line 1 is not JSON: {error.msg}; JSON lines have an object on each line"
+            f"{path}: line 1 is not JSON: {what}; JSON lines have an object on each line"
         ) from None
     position = {field: i for i, field in enumerate(names)}
     milliseconds = names["prompt_tokens"] == "input_length"
@@ -290,7 +292,11 @@ def _json_layout(path: Path, line: str) -> _Layout:
 
 def _names(path: Path, header: list[str]) -> dict[str, str]:
     """Field -> the name in the header, whatever its case."""
-    lower = {name.lower(): name for name in reversed(header)}
+    lower: dict[str, str] = {}
+    for name in header:
+        if name and name.lower() in lower:
+            raise InputError(f"{path}: line 1 names column {name!r} twice; rename one, or leave it out")
+        lower[name.lower()] = name
     found = {}
     for field, known in _REQUIRED.items():
         name = next((lower[k] for k in known if k in lower), None)
@@ -344,6 +350,8 @@ def _fast(path: Path, layout: _Layout, compressed: bool, sort: bool) -> dict[str
                 columns["arrival_s"] = (when - when.iloc[0]).dt.total_seconds().to_numpy()
     except (ValueError, OverflowError, IndexError, Warning):  # pandas' parser errors are ValueErrors
         return None
+    if _holds_nul(path, compressed):  # pandas ends a cell there
+        return None
     arrival, prompt, output = (columns[field] for field in _REQUIRED)
     least = 0 if layout.has_failures else 1
     good = bool(np.isfinite(arrival).all())
@@ -372,12 +380,25 @@ def _fast(path: Path, layout: _Layout, compressed: bool, sort: bool) -> dict[str
     return columns if good else None
 
 
+def _holds_nul(path: Path, compressed: bool) -> bool:
+    with gzip.open(path) if compressed else open(path, "rb") as file:
+        return any(b"\0" in block for block in iter(lambda: file.read(1 << 20), b""))
+
+
 # -- row by row
 # ------------------------------------------------------------------------------------------------------
 
 
 class _Bad(Exception):
-    """A row that cannot be used: the field and what is wrong with it."""
+    """A row that cannot be used: the field, what is wrong with it, and how to mend it."""
+
+    def __init__(self, field: str, problem: str, remedy: str = "mend it") -> None:
+        super().__init__(field, problem, remedy)
+
+    def where(self, line: int, layout: _Layout) -> str:
+        """The line, the column, the problem and the remedy, in words."""
+        field, problem, remedy = self.args
+        return f"line {line}{f', column {layout.names[field]!r}:' if field else ''} {problem}; {remedy}"
 
 
 def _csv_rows(path: Path, text: TextIO, layout: _Layout) -> Iterator[tuple[int, list[str] | _Bad]]:
@@ -403,13 +424,25 @@ def _json_rows(path: Path, text: TextIO, layout: _Layout) -> Iterator[tuple[int,
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_object)
             if not isinstance(row, dict):
                 raise ValueError
             cells = [row.get(name) for name in layout.names.values()]
             yield number, ["" if cell is None else str(cell) for cell in cells]
-        except ValueError:
+        except (ValueError, RecursionError):
             yield number, _Bad("", "is not a JSON object")
+        except _Bad as bad:
+            yield number, bad
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, each name once."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _Bad("", f"names {name!r} twice")
+        found[name] = value
+    return found
 
 
 def _slow(
@@ -424,18 +457,16 @@ def _slow(
                 raise cells
             row = _row(dict(zip(layout.position, cells, strict=True)), layout)
             if kept and not sort and row[0] < kept[-1][0]:
-                raise _Bad(
-                    "arrival_s",
-                    f"{cells[0]} is before the row above; sort the file, or read it with sort=True",
-                )
+                problem = f"{cells[0]} is before the row above"
+                raise _Bad("arrival_s", problem, "sort the file, read it with sort=True (--sort)")
             kept.append(row)
         except _Bad as bad:
             dropped += 1
-            field, problem = bad.args
-            where = f", column {layout.names[field]!r}:" if field else ""
-            first = first or f"line {line}{where} {problem}"
+            first = first or bad.where(line, layout)
             if not drop_bad:
-                raise InputError(f"{path}: {first}") from None
+                raise InputError(
+                    f"{path}: {first}, or drop such rows with drop_bad=True (--drop-bad)"
+                ) from None
     if dropped and not kept:
         raise InputError(f"{path}: none of its {dropped} rows can be used; the first: {first}")
     if dropped:
@@ -453,10 +484,12 @@ def _row(cells: dict[str, str], layout: _Layout) -> list[Any]:
     """The values of a row, checked, in the order of its cells."""
     values: dict[str, Any] = {}
     for field, cell in cells.items():
+        if "\0" in cell:
+            raise _Bad(field, f"{cell!r} holds a NUL character")
         if field in _LABELS or field == "request_id":
             values[field] = cell
             if not cell and field in _LABELS:
-                raise _Bad(field, "is empty; name the client or class, or leave the column out")
+                raise _Bad(field, "is empty", "name the client or class, leave the column out")
         elif field == "arrival_s" and layout.dates:
             values[field] = _nanoseconds(cell)
         else:
@@ -464,11 +497,7 @@ def _row(cells: dict[str, str], layout: _Layout) -> list[Any]:
     failed = layout.has_failures and values["output_tokens"] == 0
     for field in _COUNTS:
         if field in values and not failed and not 1 <= values[field] <= _LARGEST:
-            raise _Bad(
-                field,
-                f"{cells[field]} is not a count from 1 to {_LARGEST}; "
-                "mend it, or drop such rows with drop_bad=True",
-            )
+            raise _Bad(field, f"{cells[field]} is not a count from 1 to {_LARGEST}")
     if values.get("declared_tokens", _LARGEST) < values["output_tokens"]:
         raise _Bad(
             "declared_tokens",
@@ -481,22 +510,20 @@ def _number(field: str, cell: str) -> float | int:
     if not cell and field in _MAY_MISS:
         return math.nan
     if not cell:
-        raise _Bad(field, "is empty; fill it in, or drop such rows with drop_bad=True")
+        raise _Bad(field, "is empty", "fill it in")
     try:
         value = float(cell)
     except ValueError:
-        raise _Bad(
-            field, f"{cell!r} is not a number; mend it, or drop such rows with drop_bad=True"
-        ) from None
+        raise _Bad(field, f"{cell!r} is not a number") from None
     if field in _COUNTS or field == "priority":
         if not math.isfinite(value) or value != int(value) or abs(value) > 2**62:
-            raise _Bad(field, f"{cell} is not a whole number; mend it, or drop such rows with drop_bad=True")
+            raise _Bad(field, f"{cell} is not a whole number")
         return int(value)
     if field in _MAY_MISS:
         if value <= 0:
-            raise _Bad(field, f"{cell} is not positive; leave it empty for none")
+            raise _Bad(field, f"{cell} is not positive", "leave it empty for none")
     elif not math.isfinite(value) or value < 0:
-        raise _Bad(field, f"{cell} is not a time from 0; mend it, or drop such rows with drop_bad=True")
+        raise _Bad(field, f"{cell} is not a time from 0")
     return value
 
 
@@ -505,9 +532,9 @@ def _nanoseconds(cell: str) -> int:
     try:
         when = np.datetime64(cell.removesuffix("Z").removesuffix("+00:00"), "ns")
     except ValueError:
-        raise _Bad("arrival_s", f"{cell!r} is not a date like 2023-11-16 18:15:46.68; mend it") from None
+        raise _Bad("arrival_s", f"{cell!r} is not a date like 2023-11-16 18:15:46.68") from None
     if np.isnat(when):
-        raise _Bad("arrival_s", "is empty; fill it in, or drop such rows with drop_bad=True")
+        raise _Bad("arrival_s", "is empty", "fill it in")
     return int(when.astype(np.int64))
 
 
