@@ -188,6 +188,10 @@ def simulate(
     profile: Annotated[str, typer.Option(help="a cost profile: its name, or a JSON file")],
     workload: Annotated[str | None, typer.Option(help="its name; see `llmsched list workloads`")] = None,
     trace: Annotated[Path | None, typer.Option(help="a trace: CSV, CSV.gz or JSONL")] = None,
+    drop_bad: Annotated[
+        bool, typer.Option("--drop-bad", help="leave out what cannot be used of a trace")
+    ] = False,
+    sort: Annotated[bool, typer.Option("--sort", help="sort a trace by arrival")] = False,
     num_requests: Annotated[int | None, typer.Option(help="how many; of a trace: the first so many")] = None,
     load: Annotated[
         float | None, typer.Option(help="offered load as a share of the engine's capacity")
@@ -238,6 +242,7 @@ def simulate(
         if path is not None and trace is not None and path.resolve() == trace.resolve():
             raise InputError(f"{path} is the trace; name another file for the output")
     options = {"num_requests": num_requests, "load": load, "rate": rate}
+    options |= {"drop_bad": drop_bad or None, "sort": sort or None}
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     extra = {key: _value(value) for key, value in _pairs("--workload-set", workload_settings)}
     for key in given.keys() & extra.keys():
@@ -280,6 +285,9 @@ def _source(workload: str | None, trace: Path | None, seed: int, options: dict[s
         raise InputError("give either --load or --rate, not both")
     if seed < 0:
         raise InputError(f"--seed must not be negative, not {seed}")
+    for key in ("drop_bad", "sort"):
+        if key in options and trace is None:
+            raise InputError(f"--{key.replace('_', '-')} mends a trace; give it with --trace FILE")
     if trace is not None:
         readers = (workloads.trace, workloads.traces.read)
         known = {key for reader in readers for key in reader.__kwdefaults__ or {}}

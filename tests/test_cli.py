@@ -110,6 +110,21 @@ def test_workload_options(trace: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert got["makespan_s"] == result.makespan_s
 
 
+@pytest.mark.filterwarnings("always::llmsched_env.workloads.traces.TraceWarning")
+def test_a_trace_is_mended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "bad.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n5,10,2\n0,10,2\n7,0,2\n")
+    arguments = ["simulate", "--trace", str(path), *WHO, "--json"]
+    for options, hint in (([], "(--sort)"), (["--sort"], "(--drop-bad)")):
+        assert main([*arguments, *options]) == 2
+        assert hint in capsys.readouterr().err
+    for options, served in ((["--drop-bad"], 1), (["--sort", "--drop-bad"], 2)):
+        assert main([*arguments, *options]) == 0
+        captured = capsys.readouterr()
+        assert json.loads(captured.out)["requests"] == served
+        assert captured.err.startswith("warning: ") and captured.err.count("\n") == 1
+
+
 def test_simulate_prints_a_table(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulate", "--trace", str(trace), *WHO, "--ttft-target", "1"]) == 0
     out = capsys.readouterr().out
@@ -158,7 +173,7 @@ GOOD = "arrival_s,prompt_tokens,output_tokens\n0.0,100,5\n"
 BAD = {
     "unknown scheduler": (["--scheduler", "sarathy"], "did you mean 'sarathi'?"),
     "unknown profile": (["--profile", "a100-lama3-8b"], "did you mean 'a100-llama3-8b'?"),
-    "unknown setting of the scheduler": (["--set", "victm=newest"], "setting 'victm'; did you mean 'victim'?"),
+    "unknown setting of the scheduler": (["--set", "victm=newest"], "did you mean 'victim'?"),
     "unknown setting of the engine": (["--set", "watermrk=1"], "did you mean 'watermark'?"),
     "misspelt option": (["--set", "token_budgt=512"], "did you mean 'token_budget'?"),
     "option that is no setting": (["--set", "kv_tokens=1600"], "did you mean '--kv-tokens'?"),
@@ -177,6 +192,7 @@ BAD = {
     "workload option that there is not": (["--workload-set", "jiter_s=1"], "jitter_s"),
     "workload option twice": (["--num-requests", "1", "--workload-set", "num_requests=2"], "num_requests"),
     "workload option of a wrong type": (["--workload-set", "window=1"], "window"),
+    "option of a trace twice": (["--sort", "--workload-set", "sort=true"], "--workload-set gives sort"),
     "negative load": (["--load", "-0.5"], "load"),
     "nan load": (["--load", "nan"], "load"),
     "no requests": (["--num-requests", "0"], "number of requests"),
@@ -254,6 +270,7 @@ def test_bad_traces(
         (["simulate", *WHO], "--workload"),
         (["simulate", *WORKLOAD, "--scheduler", "sarathi"], "--profile"),
         (["simulate", *WHO, "--trace", "none.csv"], "none.csv"),
+        (["simulate", *WHO, *WORKLOAD, "--drop-bad"], "--drop-bad mends a trace; give it with --trace"),
         (["simulate", *WHO, "--trace", "."], "."),
         (["simulate", *WHO, "--workload", "azure-conw", "--load", "0.5"], "did you mean 'azure-conv'?"),
         (["list", "scheduler"], "did you mean 'schedulers'?"),
