@@ -49,6 +49,15 @@ def _require_writable(folder: Path, path: Path) -> None:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
+_unfinished: set[Path] = set()
+
+
+def discard_unfinished() -> None:
+    """Remove what `writing` has begun and not ended, for a process that is about to exit at once."""
+    for path in tuple(_unfinished):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def writing(path: str | Path) -> Iterator[Path]:
     """A path to write to: it takes the place of `path` when the block ends well, else it goes.
@@ -59,6 +68,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     named = path
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    _unfinished.add(temporary)
     try:
         yield temporary
         temporary.replace(path)
@@ -66,3 +76,4 @@ def writing(path: str | Path) -> Iterator[Path]:
         raise InputError(f"cannot write {named}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+        _unfinished.discard(temporary)

@@ -312,7 +312,7 @@ def test_an_interrupt_is_no_traceback(
 
 # -- as a program --------------------------------------------------------------------------------------------
 
-PROGRAM = [sys.executable, "-c", "import sys; from agents.cli import main; sys.exit(main())"]
+PROGRAM = [sys.executable, "-m", "agents"]
 
 
 def test_as_a_program(trace: Path) -> None:
@@ -323,6 +323,36 @@ def test_as_a_program(trace: Path) -> None:
     command = [*PROGRAM, "simulate", "--trace", "none.csv", *WHO]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+INTERRUPT = """
+import os, signal, sys
+from agents.__main__ import main
+
+def interrupt(*_):
+    os.kill(os.getpid(), signal.SIGINT)
+
+class Finder:
+    def find_spec(self, name, *_):
+        if name == at:
+            interrupt()
+
+at = sys.argv.pop(1)
+if at == "writing":
+    import pandas
+    pandas.DataFrame.to_csv = lambda self, path, **_: interrupt(path.write_text("half"))
+sys.meta_path.insert(0, Finder())
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("at", ["agents.cli", "typer", "baselines", "numba", "pandas.core.api", "writing"])
+def test_an_interrupt_is_one_line_at_any_time(at: str, trace: Path) -> None:
+    command = [sys.executable, "-c", INTERRUPT, at, "simulate", "--trace", str(trace), *WHO]
+    command += ["--requests-csv", str(trace.with_name("out.csv"))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+    assert os.listdir(trace.parent) == [trace.name]
 
 
 def test_help_imports_little() -> None:

@@ -293,10 +293,10 @@ def _json_layout(path: Path, line: str) -> _Layout:
 def _names(path: Path, header: list[str]) -> dict[str, str]:
     """Field -> the name in the header, whatever its case."""
     lower: dict[str, str] = {}
-    for name in header:
-        if name and name.lower() in lower:
-            raise InputError(f"{path}: line 1 names column {name!r} twice; rename one, or leave it out")
-        lower[name.lower()] = name
+    for column in header:
+        if column and column.lower() in lower:
+            raise InputError(f"{path}: line 1 names column {column!r} twice; rename one, or leave it out")
+        lower[column.lower()] = column
     found = {}
     for field, known in _REQUIRED.items():
         name = next((lower[k] for k in known if k in lower), None)
