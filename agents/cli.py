@@ -8,7 +8,7 @@ import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -227,7 +227,7 @@ def simulate(
     """Run requests through an engine under a scheduler and print the metrics."""
     from llmsched_env import InputError
     from llmsched_env import simulate as run
-    from llmsched_env.files import require_writable_file
+    from llmsched_env.files import require_writable_file, writing
 
     for path in (requests_csv, iterations_csv):
         if path is not None:
@@ -239,8 +239,9 @@ def simulate(
     ):
         raise InputError(f"--requests-csv and --iterations-csv are both {requests_csv}; name two files")
     for path in (requests_csv, iterations_csv):
-        if path is not None and trace is not None and path.resolve() == trace.resolve():
-            raise InputError(f"{path} is the trace; name another file for the output")
+        for what, read in (("trace", trace), ("profile", Path(profile))):
+            if path is not None and read is not None and path.resolve() == read.resolve():
+                raise InputError(f"{path} is the {what}; name another file for the output")
     options = {"num_requests": num_requests, "load": load, "rate": rate}
     options |= {"drop_bad": drop_bad or None, "sort": sort or None}
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
@@ -259,10 +260,11 @@ def simulate(
         record="iterations" if iterations_csv is not None else None,
     )
     metrics = result.metrics(ttft_target=ttft_target, tpot_target=tpot_target)
-    if requests_csv is not None:
-        _write_requests(result, requests_csv)
-    if iterations_csv is not None:
-        _write_iterations(result, iterations_csv)
+    with ExitStack() as stack:  # both files or none
+        if requests_csv is not None:
+            _write_requests(result, stack.enter_context(writing(requests_csv)))
+        if iterations_csv is not None:
+            _write_iterations(result, stack.enter_context(writing(iterations_csv)))
     head = {"scheduler": result.scheduler, "profile": result.profile}
     if result.capacity is not None:  # what the load was relative to
         metrics["capacity_rps"] = result.capacity.rps
@@ -373,7 +375,8 @@ def _value(text: str) -> Any:
 
 def _write_requests(result: Result, path: Path) -> None:
     columns = ["request_id", "arrival_s", "prompt_tokens", "output_tokens"]
-    _write_csv(result.to_frame()[[*columns, "first_token_s", "finish_s", "preemptions"]], path)
+    columns += ["first_token_s", "finish_s", "preemptions"]
+    result.to_frame()[columns].to_csv(path, index=False)
 
 
 def _write_iterations(result: Result, path: Path) -> None:
@@ -381,14 +384,7 @@ def _write_iterations(result: Result, path: Path) -> None:
 
     columns = ["start_s", "end_s", "prefill_tokens", "decode_requests", "kv_tokens", "preempted"]
     assert result.iterations is not None
-    _write_csv(pd.DataFrame({name: result.iterations[name] for name in columns}), path)
-
-
-def _write_csv(frame: Any, path: Path) -> None:
-    from llmsched_env.files import writing
-
-    with writing(path) as temporary:
-        frame.to_csv(temporary, index=False)
+    pd.DataFrame({name: result.iterations[name] for name in columns}).to_csv(path, index=False)
 
 
 def _jsonable(value: Any) -> Any:

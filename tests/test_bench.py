@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +139,21 @@ def test_saved_files(outcome: bench.Outcome, tmp_path: Path) -> None:
     np.testing.assert_array_equal(back["latency_mean"], outcome.runs["latency_mean"])
     for name in ("latency.png", "frontier.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_files_are_saved_or_none(
+    outcome: bench.Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_half(suite: bench.Suite, summary: pd.DataFrame, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(plots, "frontier", write_half)  # the last of them
+    (tmp_path / "runs.csv").write_text("old")
+    with pytest.raises(InputError, match=r"cannot write .*frontier\.png: No space left on device"):
+        bench.save(outcome, bench.summarise(outcome), tmp_path)
+    assert os.listdir(tmp_path) == ["runs.csv"]
+    assert (tmp_path / "runs.csv").read_text() == "old"
 
 
 @pytest.mark.parametrize(

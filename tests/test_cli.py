@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import baselines
@@ -203,6 +205,11 @@ BAD = {
     "too small a cache": (["--kv-tokens", "64"], "can never fit"),
     "folder that is not there": (["--requests-csv", "none/out.csv"], "no folder"),
     "a folder for a file": (["--iterations-csv", "."], "is a folder"),
+    "the trace as output": (["--iterations-csv", "./trace.csv"], "trace.csv is the trace; name another file"),
+    "the profile as output": (["--profile", "x.json", "--iterations-csv", "x.json"], "x.json is the profile"),
+    "token budget twice": (["--token-budget", "64", "--set", "token-budget=64"], "not both"),
+    "slots twice": (["--max-num-seqs", "2", "--set", "max_num_seqs=2"], "not both"),
+    "block size twice": (["--block-size", "8", "--set", "block_size=8"], "not both"),
     "two tables in one file": (["--requests-csv", "a.csv", "--iterations-csv", "./a.csv"], "name two files"),
 }
 
@@ -242,6 +249,7 @@ BAD_TRACES = {
     "negative prompt": (GOOD + "1,-5,1\n", "prompt_tokens"),
     "no output": (GOOD + "1,1,0\n", "output_tokens"),
     "fraction of a token": (GOOD + "1,1.5,1\n", "prompt_tokens"),
+    "late": (GOOD + "1e11,1,1\n", "1e+11 s, more than 1e+10 s; if they are in another unit"),
     "oversized": (GOOD + "1,900000,1\n", "can never fit"),
     "huge": (GOOD + "1,99999999999,1\n", "prompt_tokens"),
     "ragged": (GOOD + "1,1\n", ""),
@@ -262,6 +270,35 @@ def test_bad_traces(
         capsys,
     )
     assert os.listdir() == ["trace.csv"]
+
+
+@pytest.mark.parametrize("full", ["requests.csv", "iterations.csv"])
+def test_a_full_disk_is_named_and_no_file_is_left_or_lost(
+    full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("trace.csv").write_text(GOOD)
+    Path("requests.csv").write_text("old")
+    write = pd.DataFrame.to_csv
+
+    def write_half(self: pd.DataFrame, path: Path, **options: object) -> None:
+        write(self, path, **options)
+        if full.removesuffix(".csv") in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(pd.DataFrame, "to_csv", write_half)
+    options = ["--requests-csv", "requests.csv", "--iterations-csv", "iterations.csv"]
+    complains(["simulate", *WHO, "--trace", "trace.csv", *options], f"cannot write {full}: No space", capsys)
+    assert sorted(os.listdir()) == ["requests.csv", "trace.csv"]
+    assert Path("requests.csv").read_text() == "old"
+
+
+@pytest.mark.filterwarnings("always::llmsched_env.workloads.traces.TraceWarning")
+def test_a_trace_of_which_no_row_can_be_used(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,0,1\n1,1\n")
+    expected = "none of its 2 rows can be used; the first: line 2, column 'prompt_tokens': 0 is not a count"
+    complains(["simulate", *WHO, "--trace", str(path), "--drop-bad"], expected, capsys)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +360,12 @@ def test_as_a_program(trace: Path) -> None:
     command = [*PROGRAM, "simulate", "--trace", "none.csv", *WHO]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_a_full_disk_behind_the_standard_output() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*PROGRAM, "list", "profiles"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: No space left on device\n")
 
 
 INTERRUPT = """

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from llmsched_env.errors import InputError
-from llmsched_env.files import require_writable_file, require_writable_folder, writing
+from llmsched_env.files import discard_unfinished, require_writable_file, require_writable_folder, writing
 
 
 def test_the_file_appears_only_when_complete(tmp_path: Path) -> None:
@@ -29,6 +29,26 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
         raise RuntimeError
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    said = f"cannot write {path}: No space left on device"
+    with pytest.raises(InputError, match=said), writing(path) as temporary:
+        temporary.write_text("half")
+        Path("/dev/full").write_text("more than there is room for")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_unfinished_can_be_discarded(tmp_path: Path) -> None:
+    path = tmp_path / "table.csv"
+    with pytest.raises(InputError, match="cannot write"), writing(path) as temporary:
+        temporary.write_text("half")
+        discard_unfinished()
+        assert list(tmp_path.iterdir()) == []
+    (tmp_path / "done.csv").touch()
+    discard_unfinished()
+    assert list(tmp_path.iterdir()) == [tmp_path / "done.csv"]
 
 
 def test_a_link_is_kept(tmp_path: Path) -> None:

@@ -157,6 +157,17 @@ def test_mending(write):
         assert traces.read(path, drop_bad=True).prompt_tokens.tolist() == [1, 6]
 
 
+def test_no_row_can_be_used(write):
+    path = write(HEAD + "0,0,5\n1,1\nx,1,1\n")
+    with pytest.raises(InputError, match=r"none of its 3 rows can be used; the first: line 2, .*; mend it$"):
+        traces.read(path, drop_bad=True)
+
+
+def test_late_arrivals_in_another_unit(write):
+    path = write(HEAD + "0,1,5\n2000000000000,1,5\n")
+    assert traces.read(path, time_scale=1e-9).arrival_s == pytest.approx([0, 2000])
+
+
 def test_replay_at_a_load(write):
     path = write(PLAIN)
     recipe = workloads.trace(path, load=0.5, num_requests=3, prediction="none", declared=64)
@@ -199,6 +210,7 @@ BAD = {
     "huge": (HEAD + "0,99999999999,5\n", "line 2, column 'input_tokens': 99999999999 is not a count"),
     "overflow": (HEAD + "0,9" + "9" * 400 + ",5\n", "line 2, column 'input_tokens'"),
     "unsorted": (HEAD + "3,1,5\n2,1,5\n", "line 3, column 'timestamp': 2 is before the row above"),
+    "late": (HEAD + "0,1,5\n1e11,1,5\n", "arrivals run to 1e+11 s, more than 1e+10 s"),
     "too few": (HEAD + "0,1,5\n1,1\n", "line 3 has 2 fields, and the header has 3"),
     "too many": (HEAD + "0,1,5\n1,1,5,6\n", "line 3 has 4 fields, and the header has 3"),
     "all too many": (HEAD + "0,1,5,6\n1,1,5,6\n", "line 2 has 4 fields, and the header has 3"),
