@@ -6,14 +6,22 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from llmsched_env.errors import InputError
 from llmsched_env.files import require_writable_file
 from llmsched_env.profiles import fit, save
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that complains in one line, as the command line `llmsched` does."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=__doc__,
         epilog=f"Columns of the CSV: seconds, and of {', '.join(fit.FEATURES)} those that you have.",
     )
@@ -33,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         require_writable_file(options.output)
+        if options.output.resolve() == options.csv.resolve():
+            raise InputError(f"{options.output} holds the measurements; name another file for the profile")
         profile = fit.fit(
             *fit.read(options.csv),
             options.form,
@@ -48,7 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         save(profile, options.output)
     except InputError as error:
-        print(f"fit_cost: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     for name, value in profile.params.items():
         print(f"{name:>14} {value:.6g}")

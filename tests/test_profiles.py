@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import os
 import pickle
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -79,7 +81,7 @@ def test_unknown_names(name, message):
         ({"params": {**HINGE, "h1": "1"}}, "parameter h1 is '1'"),
         ({"params": {**HINGE, "h1": True}}, "parameter h1 is True"),
         ({"params": [1, 2]}, "params must map names to numbers"),
-        ({"params": dict.fromkeys(HINGE, 0)}, "it must take time"),
+        ({"params": dict.fromkeys(HINGE, 0)}, "both must take time"),
         ({"form": "staircase", "params": {"c": 1, "a": 1, "b0": 0}}, "parameter b0 is 0; it must be"),
         ({"kv_tokens": 0}, "kv_tokens is 0; it must be a whole number above 0"),
         ({"kv_tokens": 12.5}, "kv_tokens is 12.5"),
@@ -267,7 +269,53 @@ def test_the_script_end_to_end(tmp_path):
     source.write_text("seconds,decodes\n1,2\n")
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "fit_cost: 1 rows are too few to fit hinge and to judge it; measure at least 15\n"
+    assert done.stderr == "error: 1 rows are too few to fit hinge and to judge it; measure at least 15\n"
+
+
+ROWS = "seconds,decodes\n" + "".join(f"{0.01 + i / 1000},{i}\n" for i in range(1, 41))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "the following arguments are required: csv, output; see"),
+        (["m.csv", "o.json", "--form", "hing"], "invalid choice: 'hing' (choose from "),
+        (["m.csv", "o.json", "--seed", "-1"], "seed -1 must not be negative"),
+        (["m.csv", "o.json", "--kv-tokens", "0"], "kv_tokens is 0; it must be a whole number above 0"),
+        (["m.csv", "./m.csv"], "m.csv holds the measurements; name another file"),
+        (["m.csv", "none/o.json"], "there is no folder none; make it first"),
+        (["none.csv", "o.json"], "cannot read none.csv: No such file or directory; name a CSV"),
+        ([".", "o.json"], "cannot read .: Is a directory; name a CSV"),
+        (["cut.csv.gz", "o.json"], "cannot read cut.csv.gz: Compressed file ended before"),
+        (["ragged.csv", "o.json"], "line 2: 1 cells, but 2 columns; mend the row, or leave it out"),
+        (["nul.csv", "o.json"], r"line 2: decodes '4\x00' is no number of at least 0; mend it"),
+        (["twice.csv", "o.json"], "names a column twice: seconds, decodes, decodes; leave one out"),
+        (["header.csv", "o.json"], "has no rows below its header; add one"),
+    ],
+    ids=str,
+)
+def test_the_script_complains_in_one_line(arguments, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    texts = {
+        "m": ROWS,
+        "ragged": "seconds,decodes\n1\n",
+        "nul": "seconds,decodes\n1,4\0\n",
+        "twice": "seconds,decodes,decodes\n1,2,3\n",
+        "header": "seconds,decodes\n",
+    }
+    for name, text in texts.items():
+        Path(f"{name}.csv").write_text(text)
+    Path("cut.csv.gz").write_bytes(gzip.compress(ROWS.encode())[:60])
+    before = sorted(os.listdir())
+    script = runpy.run_path(str(SCRIPT))
+    try:
+        code = script["main"](arguments)
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    assert (code, captured.out, captured.err.count("\n")) == (2, "", 1)
+    assert captured.err.startswith("error: ") and said in captured.err
+    assert sorted(os.listdir()) == before
 
 
 def test_columns_that_are_missing(tmp_path):

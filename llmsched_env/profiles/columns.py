@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,31 +35,34 @@ def read(
             rows = csv.reader(file)
             header = [cell.strip() for cell in next(rows, [])]
             body = [(rows.line_num, row) for row in rows if any(cell.strip() for cell in row)]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+        what = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot read {path}: {what}; name a CSV or CSV.gz file") from None
     for name in header:
         if name not in required and name not in optional:
             raise unknown(f"column in {path}", name, [*required, *optional])
     for name in required:
         if name not in header:
-            raise InputError(f"{path} lacks the column {name}; needed: {', '.join(required)}")
+            raise InputError(f"{path} lacks the column {name}; it needs {', '.join(required)}")
     if len(set(header)) < len(header):
-        raise InputError(f"{path} names a column twice: {', '.join(header)}")
+        raise InputError(f"{path} names a column twice: {', '.join(header)}; leave one out")
     if not body:
-        raise InputError(f"{path} has no rows below its header")
+        raise InputError(f"{path} has no rows below its header; add one for each measurement")
     columns: dict[str, NDArray[np.float64]] = {
         name: np.full(len(body), value) for name, value in optional.items()
     }
     columns.update({name: np.empty(len(body)) for name in header})
     for i, (line, row) in enumerate(body):
         if len(row) != len(header):
-            raise InputError(f"{path} line {line}: {len(row)} cells, but {len(header)} columns")
+            problem = f"{len(row)} cells, but {len(header)} columns"
+            raise InputError(f"{path} line {line}: {problem}; mend the row, or leave it out")
         for name, cell in zip(header, row, strict=True):
             try:
                 value = float(cell)
             except ValueError:
                 value = math.nan
             if not 0 <= value < math.inf:
-                raise InputError(f"{path} line {line}: {name} {cell.strip()!r} is no number of at least 0")
+                problem = f"{name} {cell.strip()!r} is no number of at least 0"
+                raise InputError(f"{path} line {line}: {problem}; mend it, or leave the row out")
             columns[name][i] = value
     return columns

@@ -141,6 +141,8 @@ def fit(
         raise unknown("form to fit", form, FORMS)
     if not 0 < held_out < 1:
         raise InputError(f"held_out {held_out} must be between 0 and 1")
+    if seed < 0:
+        raise InputError(f"seed {seed} must not be negative")
     order = np.random.default_rng(seed).permutation(len(seconds))
     judged, fitted = np.split(order, [round(held_out * len(order))])
     if len(judged) < 2 or len(fitted) < 10:

@@ -97,7 +97,8 @@ class Profile:
         least = self.time([1, 0], [1, 0], [0.5, 0], [0, 0], [0, 1], [0, 1])
         if not (np.isfinite(least) & (least > 0)).all():
             raise self._error(
-                f"one token takes {least[0]} s (prefill), {least[1]} s (decode); it must take time"
+                f"one token takes {least[0]} s (prefill), {least[1]} s (decode); both must take time: "
+                "give parameters, or measurements, of prefills and of decodes"
             )
 
     def pack(self) -> NDArray[np.float64]:
