@@ -179,6 +179,7 @@ BAD = {
     "unknown setting of the engine": (["--set", "watermrk=1"], "did you mean 'watermark'?"),
     "misspelt option": (["--set", "token_budgt=512"], "did you mean 'token_budget'?"),
     "option that is no setting": (["--set", "kv_tokens=1600"], "did you mean '--kv-tokens'?"),
+    "setting that does nothing": (["--set", "backfill_within=2"], "does nothing without backfill; set that"),
     "setting without a value": (["--set", "watermark"], "KEY=VALUE"),
     "setting twice": (["--set", "watermark=0.1", "--set", "watermark=0.2"], "twice"),
     "setting out of range": (["--set", "watermark=2"], "watermark"),

@@ -106,27 +106,18 @@ def schedulers(draw: st.DrawFn) -> Scheduler:
         "chunked": draw(often),
         "chunk_cap": draw(st.sampled_from([0, 0, 3, 40])),
         "chunk_cap_alone": draw(st.booleans()),
-        "chunk_cap_adaptive": draw(st.booleans()),
         "test": draw(HOLDS),
         "hold": draw(HOLDS),
         "watermark_when_idle": draw(st.booleans()),
-        "admit_after_preemption": draw(st.booleans()),
-        "admit_while_swapped": draw(st.booleans()),
         "defer_victims": draw(seldom),
         "victim": draw(st.sampled_from(Victim)),
         "sort": draw(st.sampled_from(Sort)),
         "free_block_for_decode": draw(seldom),
         "free_block_for_chunk": draw(seldom),
-        "reorder_chunked": draw(seldom),
         "listing": draw(st.sampled_from(Listing)),
         "max_batch_requests": draw(st.sampled_from([0, 0, 0, 1, 3])),
         "budget_rule": draw(st.sampled_from(Budget)),
-        "budget_low": 7,
         "length_classes": draw(seldom),
-        "hist_threshold": draw(st.sampled_from([0, 8])),
-        "boost_gamma": 2.0,
-        "boost_s_per_token": 1e-3,
-        "lower_bound": draw(st.sampled_from([0.5, 1.0])),
         "stop_one_later": draw(st.booleans()),
     }
     if not merged:  # its passes alone, with the budget for all, and nothing but the queue's head
@@ -135,18 +126,35 @@ def schedulers(draw: st.DrawFn) -> Scheduler:
             "mixed": draw(often) or Pass.RUNNING in passes,
             "limit_decodes": limit_decodes,
             "limit_prefills": draw(often),
+            "admit_after_preemption": draw(st.booleans()),
             "backfill": draw(st.sampled_from([0, 0, 1, 5])),
-            "backfill_within": draw(st.sampled_from([np.inf, np.inf, 1.5])),
             "prefill_interval": draw(st.sampled_from([1, 1, 1, 3])),
             "peak": draw(st.sampled_from(Peak)),
         }
         if draw(seldom):
             fields |= {"order": Order.PRIORITY, "preempt_for_priority": True, "resume": Place.HEAD}
-        elif draw(seldom) and fields["resume"] is not Place.HEAD:
+        elif draw(seldom) and fields["resume"] is not Place.HEAD and order is not Order.FIFO:
             fields |= {"admission_preempts": True, "protect_after": draw(st.sampled_from([np.inf, 0.6]))}
     if draw(st.booleans()):
         at = draw(st.integers(0, len(passes)))
         passes = (*passes[:at], Pass.SWAP_IN, *passes[at:])
+        fields["admit_while_swapped"] = draw(st.booleans())
+    # What means something only beside another setting.
+    order = fields["order"]
+    if fields["chunk_cap"] > 0:
+        fields["chunk_cap_adaptive"] = draw(st.booleans())
+    if fields["sort"] is Sort.ADMISSION:
+        fields["reorder_chunked"] = draw(seldom)
+    if fields["budget_rule"] is Budget.PRESSURE:
+        fields["budget_low"] = 7
+    if fields["length_classes"]:
+        fields["hist_threshold"] = draw(st.sampled_from([0, 8]))
+    if order is Order.BOOST:
+        fields |= {"boost_gamma": 2.0, "boost_s_per_token": 1e-3}
+    if order is Order.LOWER_BOUND or fields.get("peak") is Peak.LOWER_BOUND:
+        fields["lower_bound"] = draw(st.sampled_from([0.5, 1.0]))
+    if fields.get("backfill") and order not in (Order.FIFO, Order.LONGEST):
+        fields["backfill_within"] = draw(st.sampled_from([np.inf, np.inf, 1.5]))
     return Scheduler("drawn", Settings(passes=passes, **fields))
 
 

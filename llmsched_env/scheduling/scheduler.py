@@ -69,6 +69,10 @@ class Scheduler:
     summary: str = ""
     source: str = ""
 
+    def __post_init__(self) -> None:
+        if self.settings.order is Order.SCORE and self.plan is None:
+            raise InputError("order=score is for a plan of one's own that keeps scores; set another order")
+
     def replace(self, **changes: Any) -> Scheduler:
         """A copy with some settings changed (`Settings.replace`)."""
         return dataclasses.replace(self, settings=self.settings.replace(**changes))

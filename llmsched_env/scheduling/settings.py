@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,8 @@ class Settings:
     An iteration is planned by up to four passes. A pass visits requests in order and gives each the tokens it
     wants, as the token budget, the running slots and the KV cache allow; a running request that finds no
     block preempts a victim.
+
+    What would do nothing as the others stand, or contradicts them, is an `InputError`.
 
     Attributes:
         routine: the compiled function; all but `UNIFIED` have rules of their own and read `x`.
@@ -205,8 +208,14 @@ class Settings:
             raise InputError(
                 f"lower_bound must be a share of the prediction in (0, 1], not {self.lower_bound}"
             )
+        if not self.backfill_within >= 1:
+            raise InputError(f"backfill_within must be at least 1, not {self.backfill_within}")
+        if not self.protect_after > 0:
+            raise InputError(f"protect_after must be above 0, not {self.protect_after}; inf: never safe")
         if len(_numbers(self.x)) > _X:
             raise InputError(f"x holds at most {_X} numbers, not {len(_numbers(self.x))}")
+        for complaint in _complaints(self):
+            raise InputError(f"scheduler setting {complaint}")
 
     def names(self) -> list[str]:
         """The names that `replace` knows: the settings in `x`, and then the others."""
@@ -218,7 +227,8 @@ class Settings:
     def replace(self, **changes: Any) -> Settings:
         """A copy with some settings changed, those in `x` included.
 
-        Values may be text, as from a command line; unknown names are an `InputError`.
+        Values may be text, as from a command line; unknown names are an `InputError`, and so are those that a
+        routine of its own does not read.
         """
         own, known = self._own(), self.names()
         parsed: dict[str, Any] = {}
@@ -227,6 +237,9 @@ class Settings:
             if name in own:
                 x[name] = _parse(name, value, getattr(self.x, name))
             elif name in known:
+                if name in _UNREAD.get(self.routine, ()):
+                    where = f"the routine {_text(self.routine)} of this scheduler"
+                    raise InputError(f"scheduler setting {name} does nothing in {where}; leave it out")
                 parsed[name] = _parse(name, value, getattr(self, name))
             else:
                 raise unknown("scheduler setting", name, known)
@@ -246,6 +259,143 @@ class Settings:
             else:
                 record[field.name] = value
 
+
+# -- settings that could not do what they say
+# ----------------------------------------------------------------------------------------------------
+
+
+_GO_ON = {Pass.RUNNING, Pass.CHUNKS, Pass.MERGED}  # with prompts that were cut
+
+
+def _complaints(s: Settings) -> Iterator[str]:
+    """What would do nothing as the others stand, or contradicts them, and how to mend it."""
+    needs: dict[str, tuple[object, str]] = {
+        "backfill_within": (s.backfill > 0, "backfill"),
+        "protect_after": (s.admission_preempts, "admission_preempts"),
+        "chunk_cap_adaptive": (s.chunk_cap > 0, "chunk_cap"),
+        "budget_low": (s.budget_rule is Budget.PRESSURE, "budget_rule=pressure"),
+        "hist_threshold": (s.length_classes, "length_classes"),
+        "boost_gamma": (s.order is Order.BOOST, "order=boost"),
+        "boost_s_per_token": (s.order is Order.BOOST, "order=boost"),
+        "lower_bound": (
+            s.order is Order.LOWER_BOUND or s.peak is Peak.LOWER_BOUND,
+            "order=lower-bound or peak=lower-bound",
+        ),
+    }
+    if s.routine in (Routine.UNIFIED, Routine.SORTED_F):  # they make the passes
+        yield from _complaints_of_passes(s)
+        passes = {*s.passes}
+        admits = (Pass.ADMIT in passes, "the pass admit")
+        needs |= {
+            "backfill": admits,
+            "peak": admits,
+            "pass_over": admits,
+            "admit_after_preemption": admits,
+            "admission_preempts": admits,
+            "preempt_for_priority": admits,
+            "drop_unfit": (passes & {Pass.ADMIT, Pass.SWAP_IN}, "the pass admit or swap-in"),
+            "admit_while_swapped": (Pass.SWAP_IN in passes, "the pass swap-in"),
+            "limit_decodes": (passes & {Pass.RUNNING, Pass.DECODES}, "the pass running or decodes"),
+            "free_block_for_chunk": (passes & _GO_ON, "the pass running, chunks or merged"),
+        }
+    for name, (there, needed) in needs.items():
+        value, default = getattr(s, name), getattr(Settings, name)
+        if value != default and not there:
+            what = f"{name}={_text(value)} does nothing without {needed}"
+            yield f"{what}; set that, or leave {name}={_text(default)}"
+    if s.admission_preempts:
+        if s.resume is Place.HEAD:
+            yield "admission_preempts with resume=head brings a victim back first of all; set resume=key"
+        if s.order is Order.FIFO:
+            yield "admission_preempts with order=fifo, where nobody comes before who runs; set another order"
+        if s.preempt_for_priority:
+            yield "admission_preempts and preempt_for_priority are two rules for one thing; set one of them"
+    if s.preempt_for_priority:
+        if s.order is not Order.PRIORITY:
+            yield f"preempt_for_priority with order={_text(s.order)}; set order=priority"
+        if s.resume is Place.END:
+            yield "preempt_for_priority with resume=end leaves victims behind all others; set resume=head"
+    if s.backfill_within < float("inf") and s.order in (Order.FIFO, Order.LONGEST):
+        yield f"backfill_within with order={_text(s.order)}, whose keys are not above 0; set another order"
+
+
+def _complaints_of_passes(s: Settings) -> Iterator[str]:
+    passes = {*s.passes}
+    if Pass.NONE in passes:
+        yield "passes holds none, which is no pass; leave it out"
+    if not passes & {Pass.RUNNING, Pass.DECODES, Pass.MERGED}:
+        yield "passes never let anybody decode; add running, or decodes"
+    if not passes & {Pass.ADMIT, Pass.MERGED}:
+        yield "passes never admit anybody; add admit"
+    if ((s.chunked and s.limit_prefills) or s.chunk_cap > 0) and not passes & _GO_ON:
+        yield "passes never go on with a prompt that was cut; add chunks, or set chunked=false, chunk_cap=0"
+    if not s.mixed and passes & {Pass.RUNNING, Pass.MERGED}:
+        yield "mixed=false with a pass that mixes prefills and decodes; set passes=decodes,chunks,admit"
+    if s.prefill_interval > 1 and Pass.MERGED in passes:
+        yield "prefill_interval with the pass merged, which does not wait for it; set passes=running,admit"
+    if s.reorder_chunked and s.sort is not Sort.ADMISSION:
+        yield f"reorder_chunked and sort={_text(s.sort)} both order the running list; set sort=admission"
+
+
+def _text(value: Any) -> str:
+    """A setting's value as on the command line."""
+    if isinstance(value, enum.IntEnum):
+        return value.name.lower().replace("_", "-")
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}"
+
+
+# What routines of their own do not read: they share less and less with the one routine.
+_OF_VICTIMS = {"victim", "free_block_for_decode", "free_block_for_chunk"}
+_OF_RUNNING = {
+    "mixed",
+    "limit_decodes",
+    "chunk_cap",
+    "chunk_cap_alone",
+    "chunk_cap_adaptive",
+    "max_batch_requests",
+}
+_OF_ADMISSION = {
+    "admit_after_preemption",
+    "admit_while_swapped",
+    "drop_unfit",
+    "pass_over",
+    "backfill",
+    "backfill_within",
+    "admission_preempts",
+    "protect_after",
+    "peak",
+    "length_classes",
+    "hist_threshold",
+}
+_OF_PASSES = {
+    "passes",
+    "sort",
+    "prefill_interval",
+    "reorder_chunked",
+    "preempt_for_priority",
+    "budget_rule",
+    "budget_low",
+}
+_OF_QUEUE = {"order", "resume"}
+_NOT_ADMITTING = _OF_PASSES | _OF_ADMISSION
+_ALONE = _NOT_ADMITTING | _OF_RUNNING | _OF_VICTIMS
+_UNREAD: dict[Routine, set[str]] = {
+    Routine.RANDOM: _ALONE,
+    Routine.FASTSERVE: (_ALONE | _OF_QUEUE) - {"max_batch_requests"},
+    Routine.SGLANG: _ALONE - {"mixed"},  # which only says what it is
+    Routine.TRTLLM: _ALONE - {"sort"},
+    Routine.LIGHTLLM: _NOT_ADMITTING,
+    Routine.TGI: _OF_PASSES,
+    Routine.VTC: _NOT_ADMITTING | _OF_QUEUE,
+    Routine.RANKED: _ALONE,
+    Routine.WAIT: (_ALONE | _OF_QUEUE) - _OF_VICTIMS,
+    Routine.SLAI: _OF_PASSES,
+    Routine.SIMPLE_CHUNKING: _OF_PASSES - {"sort"},
+}
+
+
+# -- how they are packed
+# ----------------------------------------------------------------------------------------------------
 
 _X = 16
 
