@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _numba: Any = numba.config
 _PACKAGE = Path(__file__).resolve().parents[1]
-_KEPT = 10  # caches of as many versions of the package stay on disk
+_KEPT = 20  # caches of as many versions of the package stay on disk
 
 
 @overload
@@ -31,13 +31,13 @@ def njit(function: F | None = None, **options: Any) -> F | Callable[[F], F]:
     for bit), and a cache on disk. Takes the options of `numba.njit`; `cache=False` leaves the disk alone.
 
     numba stamps a cached function with its own file only and so misses a change in a callee of another file.
-    Hence the cache lies in a folder named by a hash of the whole package: see `cache_dir`.
+    Hence the cache lies in a folder named by a hash of the sources that it may call: see `cache_dir`.
     """
     options = {"nogil": True, "error_model": "numpy", "cache": True, **options}
 
     def decorate(f: F) -> F:
         configured = _numba.CACHE_DIR
-        _numba.CACHE_DIR = str(cache_dir())  # read once by numba, while it decorates
+        _numba.CACHE_DIR = str(cache_dir(_sources(f)))  # read once by numba, while it decorates
         try:
             return numba.njit(**options)(f)
         finally:
@@ -46,9 +46,17 @@ def njit(function: F | None = None, **options: Any) -> F | Callable[[F], F]:
     return decorate if function is None else decorate(function)
 
 
+_CORE = ("core", "scheduling")
+
+
+def _sources(f: Callable[..., Any]) -> tuple[str, ...]:
+    """The folders of the package whose compiled functions `f` may call: imports point one way."""
+    return (*_CORE, "envs") if f.__module__.startswith("llmsched_env.envs") else _CORE
+
+
 @cache
-def cache_dir() -> Path:
-    """The folder of the compiled functions of this version of the package.
+def cache_dir(sources: tuple[str, ...] = _CORE) -> Path:
+    """The folder of the compiled functions of this version of these folders of the package.
 
     Below $NUMBA_CACHE_DIR if that is set, else below the user's cache folder, else (not writable) below the
     folder for temporary files. The installed package itself may be read-only.
@@ -56,7 +64,7 @@ def cache_dir() -> Path:
     root = Path(_numba.CACHE_DIR, "llmsched_env") if _numba.CACHE_DIR else _user_root()
     if not _writable(root):
         root = _temporary_root()
-    folder = root / _fingerprint()
+    folder = root / _fingerprint(sources)
     if not folder.is_dir():
         _writable(folder)
         _prune(root)
@@ -67,12 +75,12 @@ def cache_dir() -> Path:
     return folder
 
 
-def _fingerprint() -> str:
-    """Names the compiled sources of the package, all in `core` and `scheduling`, and the compiler."""
+def _fingerprint(sources: tuple[str, ...]) -> str:
+    """Names the compiled sources and the compiler."""
     digest = hashlib.sha256()
     for part in (numba.__version__, platform.python_implementation(), sys.version, platform.machine()):
         digest.update(part.encode() + b"\0")
-    for path in sorted(p for folder in ("core", "scheduling") for p in (_PACKAGE / folder).rglob("*.py")):
+    for path in sorted(p for folder in sources for p in (_PACKAGE / folder).rglob("*.py")):
         digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 

@@ -81,8 +81,10 @@ def insert(e: Engine, i: int) -> None:
     node.least = node.need
     s.num_waiting += 1
     if s.root < 0:
-        s.root = i
+        s.root = s.head = i
         return
+    if _before(req, i, s.head):
+        s.head = i
     at = s.root
     while True:
         if node.need < req[at].least:
@@ -104,10 +106,27 @@ def insert(e: Engine, i: int) -> None:
 
 
 @njit
+def following(e: Engine, i: int) -> int:
+    """The request after i in the queue, -1 if i is the last."""
+    req = e.req
+    if req[i].right >= 0:
+        at = req[i].right
+        while req[at].left >= 0:
+            at = req[at].left
+        return at
+    at = i
+    while req[at].up >= 0 and req[req[at].up].right == at:
+        at = req[at].up
+    return req[at].up
+
+
+@njit
 def remove(e: Engine, i: int) -> None:
     """Take request i out of the queue."""
     req, s = e.req, e.s
     node = req[i]
+    if s.head == i:
+        s.head = following(e, i)
     while node.left >= 0 or node.right >= 0:
         if node.right < 0 or (node.left >= 0 and _rank(node.left) > _rank(node.right)):
             _rotate_up(e, node.left)
@@ -132,26 +151,7 @@ def remove(e: Engine, i: int) -> None:
 @njit(forceinline=True)
 def first(e: Engine) -> int:
     """The request at the head of the queue, -1 if it is empty."""
-    at = e.s.root
-    if at >= 0:
-        while e.req[at].left >= 0:
-            at = e.req[at].left
-    return at
-
-
-@njit
-def following(e: Engine, i: int) -> int:
-    """The request after i in the queue, -1 if i is the last."""
-    req = e.req
-    if req[i].right >= 0:
-        at = req[i].right
-        while req[at].left >= 0:
-            at = req[at].left
-        return at
-    at = i
-    while req[at].up >= 0 and req[req[at].up].right == at:
-        at = req[at].up
-    return req[at].up
+    return e.s.head if e.s.root >= 0 else -1
 
 
 @njit

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
+import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
 from numba.extending import models, overload, register_model
+from numba.np.numpy_support import from_dtype
 
 intrinsic: Any = numba_intrinsic  # its annotations know nothing of the typing context that it passes itself
 
@@ -45,6 +47,42 @@ def span(typing_context: Any, array: Any) -> Any:
         result.data = builder.bitcast(source.data, cgutils.voidptr_t)
         result.size = source.nitems
         return result._getvalue()
+
+    return signature, build
+
+
+def span_at(dtype: Any) -> Any:
+    """A compiled function (address, size) -> span of that numpy dtype, for memory that somebody else keeps
+    alive.
+
+    A table of addresses is one argument; as many arrays cost more to pass from Python than a step of an
+    environment takes.
+    """
+    element = from_dtype(np.dtype(dtype))
+
+    @intrinsic
+    def at(typing_context: Any, address: Any, size: Any) -> Any:
+        signature = SpanType(element)(types.intp, types.intp)
+
+        def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            result = cgutils.create_struct_proxy(signature.return_type)(context, builder)
+            result.data = builder.inttoptr(args[0], cgutils.voidptr_t)
+            result.size = args[1]
+            return result._getvalue()
+
+        return signature, build
+
+    return at
+
+
+@intrinsic
+def copy_record(typing_context: Any, target: Any, source: Any) -> Any:
+    """Copy all of one record into another of the same type."""
+    signature = types.void(target, source)
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        cgutils.raw_memcpy(builder, args[0], args[1], context.get_constant(types.intp, source.size), 1)
+        return context.get_dummy_value()
 
     return signature, build
 

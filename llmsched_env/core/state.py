@@ -192,6 +192,7 @@ _ENGINE: list[tuple[Any, ...]] = [
     ("num_dropped", "i8"),
     ("kv_tokens", "i8"),  # computed tokens of all resident requests
     ("root", "i8"),  # of the waiting queue, -1: empty
+    ("head", "i8"),  # the first of the waiting queue, unless that is empty
     ("queue_front", "i8"),
     ("queue_back", "i8"),
     ("random", "u8"),  # state of the engine's own generator

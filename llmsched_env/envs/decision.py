@@ -1,0 +1,359 @@
+"""The dynamics of `llmsched/Decision-v0`: the next iteration's plan is built by one small decision after the
+other.
+
+Actions are numbered, with W waiting slots, R running slots and L chunk levels, the last of which is all that
+fits:
+
+    0                     RUN: execute the plan
+    1                     HOLD: keep the decodes out of this plan
+    2 + k*L + l           ADMIT the request in waiting slot k with chunk level l
+    2 + (W + r)*L + l     CHUNK: go on with the prefill in running slot r with chunk level l
+    2 + (W + R)*L + r     PREEMPT the request in running slot r
+"""
+
+from __future__ import annotations
+
+from llmsched_env.core.compile import njit
+from llmsched_env.core.engine import evict, grant, grant_decodes, refund
+from llmsched_env.core.facts import blocks_for, hold_tokens
+from llmsched_env.core.run import _log_full
+from llmsched_env.core.span import prefetch, span
+from llmsched_env.envs.episode import (
+    BUILDING,
+    FORCED,
+    OVER,
+    begin_iteration,
+    begin_step,
+    close,
+    decode_on,
+    end_step,
+    load,
+    over,
+    run_iteration,
+)
+from llmsched_env.envs.lane import Env, env_at
+from llmsched_env.envs.observation import drop_waiting, find_running, find_waiting, observe
+
+RUN, HOLD, FIRST_SLOT = 0, 1, 2
+NEXT_STEP, SAME_STEP, DISABLED = 0, 1, 2
+
+
+def num_actions(waiting_slots: int, running_slots: int, num_levels: int) -> int:
+    """How many actions there are."""
+    return FIRST_SLOT + (waiting_slots + running_slots) * num_levels + running_slots
+
+
+# ---------------------------------------------------------------------- what a request could get
+
+
+@njit(forceinline=True)
+def most_to_admit(env: Env, r: int) -> int:
+    """Most tokens that waiting request r could get in this plan; 0: it cannot be admitted."""
+    e = env.e
+    s, q = e.s, e.req[r]
+    if s.num_running >= s.max_num_seqs:
+        return 0
+    free = s.free - (s.watermark_blocks if s.num_running > 0 else 0)
+    if free <= 0:
+        return 0
+    rest = q.prompt + q.generated
+    hold = hold_tokens(e, q, s.hold)
+    if hold > 0:
+        if blocks_for(e, hold) > free:
+            return 0
+        most = min(rest, s.budget)
+    else:
+        most = min(min(rest, s.budget), free * s.block_size)
+    if not s.chunked and most < rest:
+        return 0
+    return max(0, most)
+
+
+@njit(forceinline=True)
+def most_to_chunk(env: Env, r: int) -> int:
+    """Most tokens that running request r could get for its prefill in this plan; 0: none."""
+    e = env.e
+    s, q = e.s, e.req[r]
+    rest = q.target - q.computed
+    if rest <= 0 or q.granted > 0:
+        return 0
+    room = q.blocks * s.block_size - q.computed + s.free * s.block_size
+    most = min(min(rest, s.budget), room)
+    if not s.chunked and most < rest:
+        return 0
+    return max(0, most)
+
+
+@njit(forceinline=True)
+def may_preempt(env: Env, r: int) -> bool:
+    """Whether r may be taken out of the batch: it has no chunk in the plan."""
+    q = env.e.req[r]
+    return q.granted == 0 or q.computed >= q.target
+
+
+# ---------------------------------------------------------------------- the mask
+
+
+@njit
+def legal(env: Env) -> int:
+    """Write which actions are legal; returns the only one, or -1 if there are several."""
+    e, v, mask = env.e, env.v, env.mask
+    s = e.s
+    for i in range(len(mask)):
+        mask[i] = 0
+    levels = v.num_levels
+    preempt = FIRST_SLOT + (v.waiting_slots + v.running_slots) * levels
+    count, only = 0, RUN
+    if v.phase == FORCED:
+        for k in range(v.num_run):
+            mask[preempt + k] = 1
+        return preempt if v.num_run == 1 else -1
+    at = FIRST_SLOT
+    if s.budget > 0 and s.num_running < s.max_num_seqs:
+        for k in range(v.num_wait):
+            most = most_to_admit(env, v.wait[k])
+            if most > 0:
+                count += _allow_levels(env, at, most)
+                only = at + levels - 1
+            at += levels
+    at = FIRST_SLOT + v.waiting_slots * levels
+    prefills = s.prefill_requests
+    if s.decodes + prefills < s.num_running and s.budget > 0:  # somebody is not in the plan
+        for k in range(v.num_run):
+            most = most_to_chunk(env, v.run[k])
+            if most > 0:
+                count += _allow_levels(env, at, most)
+                only = at + levels - 1
+            at += levels
+    fill = count
+    if s.decodes > 0 and not v.held and (fill > 0 or prefills > 0):
+        mask[HOLD] = 1
+        count += 1
+        only = HOLD
+    planned = s.decodes + prefills > 0
+    stuck = not planned and fill == 0
+    # Somebody must wait who could be admitted in this plan, or nothing else is possible.
+    if (v.voluntary and s.num_waiting > s.num_victims) or stuck:
+        for k in range(v.num_run):
+            if may_preempt(env, v.run[k]):
+                mask[preempt + k] = 1
+                count += 1
+                only = preempt + k
+    if planned:
+        go = not (v.work_conserving and fill > 0)
+    else:
+        go = count == 0 or (v.idle and s.arrived < len(e.req))
+    if go:
+        mask[RUN] = 1
+        count += 1
+        only = RUN
+    return only if count == 1 else -1
+
+
+@njit(forceinline=True)
+def _allow_levels(env: Env, at: int, most: int) -> int:
+    """Allow the levels below `most`, and all that fits; returns how many."""
+    v, mask = env.v, env.mask
+    count = 1
+    last = v.num_levels - 1
+    for k in range(last):
+        if v.levels[k] < most and env.e.s.chunked:
+            mask[at + k] = 1
+            count += 1
+    mask[at + last] = 1
+    return count
+
+
+# ---------------------------------------------------------------------- the decisions
+
+
+@njit
+def decode_all(env: Env) -> None:
+    """Put all decodes into the plan, if there are blocks for their next tokens; else somebody must go."""
+    e, v = env.e, env.v
+    s = e.s
+    if s.free < s.num_running:
+        need = 0
+        for k in range(s.num_running):
+            q = e.req[e.running[k]]
+            if q.computed >= q.target and q.computed >= q.blocks * s.block_size:
+                need += 1
+        if need > s.free:
+            v.phase = FORCED
+            return
+    v.phase = BUILDING
+    grant_decodes(e, 0, True)
+
+
+@njit
+def new_plan(env: Env) -> None:
+    """Begin to plan the next iteration."""
+    env.v.held = 0
+    if env.e.s.num_victims > 0:
+        env.v.stale = 1
+    begin_iteration(env)
+    decode_all(env)
+
+
+@njit
+def apply(env: Env, action: int) -> None:
+    """Do what a legal action says."""
+    e, v = env.e, env.v
+    s = e.s
+    if action == RUN:
+        run_iteration(env)
+        if not over(env):
+            new_plan(env)
+        return
+    if action == HOLD:
+        v.held = 1
+        for k in range(s.num_planned - 1, -1, -1):
+            q = e.req[e.plan[k]]
+            if q.computed >= q.target:
+                refund(e, e.plan[k])
+        return
+    slot, level = divmod(action - FIRST_SLOT, v.num_levels)
+    if slot < v.waiting_slots:
+        r = v.wait[slot]
+        most = most_to_admit(env, r)
+        drop_waiting(env, slot)
+        grant(e, r, most if level == v.num_levels - 1 else min(most, v.levels[level]))
+    elif slot < v.waiting_slots + v.running_slots:
+        r = v.run[slot - v.waiting_slots]
+        most = most_to_chunk(env, r)
+        grant(e, r, most if level == v.num_levels - 1 else min(most, v.levels[level]))
+    else:
+        r = v.run[action - FIRST_SLOT - (v.waiting_slots + v.running_slots) * v.num_levels]
+        evict(e, r)  # not visible before the next plan
+        if v.phase == FORCED:
+            decode_all(env)
+
+
+@njit
+def settle(env: Env) -> None:
+    """Find who is visible and what is legal; do it, as long as it is a single action and such are skipped."""
+    v = env.v
+    while v.phase != OVER:
+        if v.stale:
+            find_waiting(env)
+        find_running(env)
+        only = legal(env)
+        if only < 0 or not v.skip_forced or _log_full(env.e, env.log):
+            return
+        if only == RUN and decode_on_from(env):
+            if not over(env):
+                new_plan(env)
+            continue
+        apply(env, only)
+
+
+@njit
+def decode_on_from(env: Env) -> bool:
+    """`apply` RUN to a plan in which all decode, and all that follows until somebody arrives."""
+    e = env.e
+    s = e.s
+    if s.num_waiting > 0 or s.decodes != s.num_running or s.decodes == 0 or s.prefill_requests > 0:
+        return False
+    run_iteration(env)
+    if s.num_running > 0 and s.clock < env.v.horizon and not _log_full(e, env.log):
+        decode_on(env)
+    return True
+
+
+@njit
+def decide(env: Env, action: int) -> None:
+    """One step: an action of any number, and what follows of itself."""
+    v = env.v
+    begin_step(env)
+    v.steps += 1
+    if action < 0 or action >= len(env.mask) or env.mask[action] == 0:
+        v.illegal += 1
+        action = RUN
+        while env.mask[action] == 0:
+            action += 1
+    v.last_action = action
+    apply(env, action)
+    settle(env)
+    end_step(env)
+
+
+@njit
+def show(env: Env) -> None:
+    """Write the observation; at the end of an episode every action is legal."""
+    if env.v.phase == OVER:
+        find_waiting(env)
+        find_running(env)
+        for i in range(len(env.mask)):
+            env.mask[i] = 1
+    observe(env)
+
+
+@njit
+def begin(env: Env) -> None:
+    """Begin the episode that is drawn."""
+    load(env)
+    new_plan(env)
+    settle(env)
+    end_step(env)
+
+
+@njit(forceinline=True)
+def _fetch(env: Env) -> None:
+    """Ask memory for what the step of this environment will read, while another one's is under way."""
+    v, req = env.v, env.e.req
+    for k in range(v.num_run):
+        prefetch(req, v.run[k])
+    for k in range(v.num_wait):
+        prefetch(req, v.wait[k])
+
+
+@njit
+def step_decision(table, actions, first: int, stop: int) -> None:  # type: ignore[no-untyped-def]
+    """A step of the environments [first, stop), each with its action, and the resets that fall due."""
+    addresses, given = span(table), span(actions)
+    for lane in range(first, stop):
+        env = env_at(addresses, lane)
+        if lane + 1 < stop:
+            _fetch(env_at(addresses, lane + 1))
+        v = env.v
+        v.was_reset = 0
+        if v.phase == OVER:
+            if v.autoreset != NEXT_STEP:
+                continue
+            begin(env)
+            v.reward = 0.0
+            v.terminated = v.truncated = 0
+            show(env)
+            continue
+        decide(env, given[lane])
+        if v.phase != OVER and 0 < v.max_steps <= v.steps:
+            v.truncated = 1
+            v.phase = OVER
+        show(env)
+        if v.phase == OVER:
+            close(env)
+            if v.autoreset == SAME_STEP:
+                _swap(env)
+
+
+@njit
+def _swap(env: Env) -> None:
+    """Keep what was seen last, and begin the next episode in the same step."""
+    v = env.v
+    for i in range(len(env.final)):
+        env.final[i] = env.observation[i]
+    reward, dt, terminated, truncated = v.reward, v.dt, v.terminated, v.truncated
+    begin(env)
+    v.reward, v.dt, v.terminated, v.truncated = reward, dt, terminated, truncated
+    show(env)
+
+
+@njit
+def reset_decision(table, chosen) -> None:  # type: ignore[no-untyped-def]
+    """Begin an episode in each of the environments that are chosen (a bool each)."""
+    addresses = span(table)
+    for lane in range(len(chosen)):
+        if chosen[lane]:
+            env = env_at(addresses, lane)
+            begin(env)
+            show(env)

@@ -1,0 +1,288 @@
+"""An episode: its beginning, the passing of time and what that is worth, its end.
+
+The same for all environments. What is rewarded is summed as time passes. By Little's law the integral of the
+number of requests in the system
+is the sum of their latencies.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmsched_env.core.compile import njit
+from llmsched_env.core.engine import arrive, begin_plan, end_plan, execute
+from llmsched_env.core.run import _settled, _stretch, log_plan, write_log
+from llmsched_env.core.span import copy_record
+from llmsched_env.core.state import Status
+from llmsched_env.envs.lane import MOST_CLIENTS, Env, Phase
+
+_FUTURE, _FINISHED = int(Status.FUTURE), int(Status.FINISHED)
+FORCED, BUILDING, OVER = (int(p) for p in Phase)
+LATENCY, GOODPUT, THROUGHPUT, GPU_TIME, MAKESPAN, FAIRNESS = range(6)
+_NEVER = 2**62
+
+
+# ---------------------------------------------------------------------- the beginning
+
+
+@njit
+def load(env: Env) -> None:
+    """Begin the episode that `pool` holds, at time 0."""
+    e, v = env.e, env.v
+    copy_record(e.s, env.template)
+    clients = 0
+    for r in range(len(e.req)):
+        d, q = env.pool[r], e.req[r]
+        q.status = _FUTURE
+        q.computed = q.target = q.generated = q.blocks = q.granted = q.in_flight = q.hold = 0
+        q.prompt, q.stop, q.limit = d.prompt, d.stop, d.limit
+        q.last_token = q.first_token = q.first_scheduled = q.finish = np.nan
+        q.key = 0.0
+        q.order = 0
+        q.up = q.left = q.right = -1
+        q.need = q.least = 0
+        q.arrival = d.arrival
+        q.evicted_at = -1
+        q.predicted, q.ttft_target, q.tpot_target = d.predicted, d.ttft_target, d.tpot_target
+        q.rank = r
+        q.priority, q.client, q.class_id = d.priority, d.client, d.class_id
+        q.recomputed = 0
+        q.preemptions = q.swaps = q.evicted_rest = q.cpu_blocks = q.level = q.count = 0
+        clients = max(clients, d.client + 1)
+    v.drawn = 0
+    v.was_reset = 1
+    v.held = 0
+    v.stale = 1
+    v.num_wait = v.num_run = 0
+    v.last_action = -1
+    v.steps = v.illegal = 0
+    v.iteration_time = v.arrival_rate = v.departure_rate = 0.0
+    v.request_seconds = 0.0
+    v.met = 0
+    v.num_clients = min(clients, MOST_CLIENTS)
+    for c in range(MOST_CLIENTS):
+        v.service[c] = 0.0
+    v.fairness = 1.0
+    v.total = 0.0
+    if len(env.log.rows) > 0:
+        env.log.used[0] = env.log.used[1] = 0
+    begin_step(env)
+
+
+@njit
+def begin_step(env: Env) -> None:
+    """Nothing has happened in this step yet."""
+    v = env.v
+    v.reward = v.dt = 0.0
+    v.factor = 1.0
+    v.terminated = v.truncated = 0
+    for i in range(len(v.terms)):
+        v.terms[i] = 0.0
+
+
+@njit
+def end_step(env: Env) -> None:
+    """The reward of the step: the terms by their weights."""
+    v = env.v
+    reward = 0.0
+    for i in range(len(v.terms)):
+        if v.weights[i] != 0.0:
+            reward += v.weights[i] * v.terms[i]
+    v.reward = reward
+    v.total += reward
+
+
+# ---------------------------------------------------------------------- time passes
+
+
+@njit
+def in_system(env: Env) -> int:
+    """Requests that have arrived and not finished."""
+    s = env.e.s
+    return s.arrived - s.num_finished - s.num_dropped
+
+
+@njit
+def _spend(env: Env, seconds: float, requests: float) -> None:
+    """`seconds` pass, at whose beginning so many requests are in the system."""
+    v = env.v
+    v.request_seconds += requests * seconds
+    v.terms[MAKESPAN] -= seconds / v.unit_time
+    v.dt += seconds
+    beta = v.discount_rate
+    if beta > 0.0:
+        v.terms[LATENCY] -= requests * v.factor * -np.expm1(-beta * seconds) / beta / v.unit_time
+        v.factor *= np.exp(-beta * seconds)
+    else:
+        v.terms[LATENCY] -= requests * seconds / v.unit_time
+
+
+@njit
+def _before_now(env: Env, seconds: float, sign: float) -> None:
+    """A request was in the system for `seconds` up to now and not counted yet (sign 1), or is counted though it
+    was not (-1)."""
+    v = env.v
+    v.request_seconds += sign * seconds
+    beta = v.discount_rate
+    area = seconds if beta <= 0.0 else v.factor * np.expm1(beta * seconds) / beta
+    v.terms[LATENCY] -= sign * area / v.unit_time
+
+
+@njit
+def see_arrivals(env: Env) -> None:
+    """Let what has arrived enter the queue."""
+    e, v = env.e, env.v
+    s = e.s
+    first = s.arrived
+    arrive(e, s.visible)
+    for r in range(first, s.arrived):
+        _before_now(env, s.clock - e.req[r].arrival, 1.0)
+    if s.arrived > first:
+        v.stale = 1
+        v.arrival_rate += (s.arrived - first) / v.rate_window
+
+
+@njit
+def begin_iteration(env: Env) -> None:
+    """Arrivals are seen, and the next plan is begun."""
+    see_arrivals(env)
+    begin_plan(env.e)
+
+
+@njit
+def run_iteration(env: Env) -> None:
+    """Execute the plan; with nothing planned, wait for the next arrival."""
+    e, v = env.e, env.v
+    s, log = e.s, env.log
+    start, busy, output = s.clock, s.busy, s.total_generated
+    finished = s.num_finished
+    requests = in_system(env)
+    end_plan(e)
+    planned = s.num_planned
+    if planned == 0 and s.num_victims == 0:
+        if s.arrived < len(e.req):
+            s.clock = max(s.clock, e.req[s.arrived].arrival)
+            s.visible = s.clock
+        s.iterations += 1  # a new plan, in which those preempted in this one may be admitted
+    else:
+        if v.weights[FAIRNESS] != 0.0:
+            _serve(env)
+        if len(log.rows) > 0:
+            log_plan(e, log)
+        execute(e)
+        if len(log.rows) > 0:
+            write_log(e, log, start)
+        v.iteration_time = s.clock - start
+    _spend(env, s.clock - start, requests)
+    if s.num_finished > finished:
+        for k in range(planned):
+            q = e.req[e.plan[k]]
+            if q.status == _FINISHED and q.finish == s.clock:
+                _judge(env, q)
+    _sum_up(env, start, busy, output, finished)
+
+
+@njit
+def decode_on(env: Env) -> bool:
+    """Nobody waits and all decode: run until an event, in one go. Whether time passed."""
+    e, v = env.e, env.v
+    s = e.s
+    if s.num_running == 0 or s.num_waiting > 0 or s.error != 0 or v.weights[FAIRNESS] != 0.0:
+        return False
+    if not _settled(e):
+        return False
+    start, busy, output, iterations = s.clock, s.busy, s.total_generated, s.iterations
+    finished, n = s.num_finished, s.num_running
+    for k in range(n):
+        e.pending[k] = e.running[k]
+    requests = in_system(env)
+    _stretch(e, env.log, _NEVER, v.horizon, False)
+    if s.iterations == iterations:
+        return False
+    v.iteration_time = (s.clock - start) / (s.iterations - iterations)
+    _spend(env, s.clock - start, requests)
+    if s.num_finished > finished:
+        for k in range(n):
+            q = e.req[e.pending[k]]
+            if q.status == _FINISHED:
+                _before_now(env, s.clock - q.finish, -1.0)
+                _judge(env, q)
+    _sum_up(env, start, busy, output, finished)
+    return True
+
+
+@njit
+def _sum_up(env: Env, start: float, busy: float, output: int, finished: int) -> None:
+    """What an iteration, or several, have brought since."""
+    e, v = env.e, env.v
+    s = e.s
+    v.terms[GPU_TIME] -= (s.busy - busy) / v.unit_time
+    v.terms[THROUGHPUT] += (s.total_generated - output) / v.unit_tokens
+    fade = np.exp(-(s.clock - start) / v.rate_window)
+    v.arrival_rate *= fade
+    v.departure_rate = v.departure_rate * fade + (s.num_finished - finished) / v.rate_window
+
+
+@njit
+def _judge(env: Env, q) -> None:  # type: ignore[no-untyped-def]
+    """Whether a request that has finished met its targets."""
+    v = env.v
+    ttft = q.first_token - q.arrival
+    tpot = (q.finish - q.first_token) / (q.generated - 1) if q.generated > 1 else 0.0
+    if ttft <= q.ttft_target and tpot <= q.tpot_target:
+        v.met += 1
+        v.terms[GOODPUT] += 1.0 / len(env.e.req)
+
+
+@njit
+def _serve(env: Env) -> None:
+    """Count what each client gets in this plan, in tokens (an output token as two), and how evenly."""
+    e, v = env.e, env.v
+    for k in range(e.s.num_planned):
+        q = e.req[e.plan[k]]
+        v.service[q.client % MOST_CLIENTS] += q.granted if q.computed < q.target else 2.0
+    total, squares = 0.0, 0.0
+    for c in range(v.num_clients):
+        total += v.service[c]
+        squares += v.service[c] * v.service[c]
+    fairness = total * total / (v.num_clients * squares) if squares > 0.0 else 1.0
+    v.terms[FAIRNESS] += fairness - v.fairness
+    v.fairness = fairness
+
+
+# ---------------------------------------------------------------------- the end
+
+
+@njit
+def over(env: Env) -> bool:
+    """Whether the episode has ended; notes how."""
+    e, v = env.e, env.v
+    s = e.s
+    if s.num_finished + s.num_dropped == len(e.req):
+        v.terminated = 1
+    elif s.clock >= v.horizon:
+        v.truncated = 1
+    else:
+        return False
+    v.phase = OVER
+    return True
+
+
+@njit
+def close(env: Env) -> None:
+    """Keep the figures of the episode that has ended."""
+    e, v = env.e, env.v
+    s = e.s
+    v.episodes += 1
+    v.done_return = v.total
+    v.done_steps = v.steps
+    v.done_latency = v.request_seconds / len(e.req)
+    v.done_goodput = v.met / len(e.req)
+    v.done_finished = s.num_finished
+    v.done_clock = s.clock
+    v.done_busy = s.busy
+    v.done_iterations = s.iterations
+    v.done_preemptions = s.preemptions
+    v.done_illegal = v.illegal
+    v.done_fairness = v.fairness
+    v.done_tokens = s.total_generated

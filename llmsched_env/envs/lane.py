@@ -1,0 +1,342 @@
+"""The memory of environments: each is a lane, an engine with what the environment itself keeps.
+
+A table of addresses finds them all, so that a step of one or of hundreds passes one array to compiled code.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmsched_env.core.compile import njit
+from llmsched_env.core.histogram import BINS
+from llmsched_env.core.run import ITERATION, Log
+from llmsched_env.core.span import span_at
+from llmsched_env.core.state import REQUEST, Engine, aligned_zeros
+from llmsched_env.scheduling import ENGINE
+
+MOST_SLOTS = 64  # visible waiting, or running, requests
+MOST_LEVELS = 8
+MOST_CLASSES = 16
+MOST_CLIENTS = 64
+TERMS = 6
+
+
+class Phase(enum.IntEnum):
+    """What the next action is about."""
+
+    FORCED = 0  # decodes lack KV blocks: somebody must be preempted
+    BUILDING = 1  # the plan of the next iteration
+    OVER = 2  # the episode has ended
+
+
+# A request of an episode that is still to come.
+DRAWN = np.dtype(
+    [
+        ("arrival", "f8"),
+        ("predicted", "f8"),
+        ("ttft_target", "f8"),
+        ("tpot_target", "f8"),
+        ("prompt", "i4"),
+        ("stop", "i4"),
+        ("limit", "i4"),
+        ("priority", "i4"),
+        ("client", "i4"),
+        ("class_id", "i4"),
+    ],
+    align=True,
+)
+
+# What the environment keeps beside its engine.
+LANE = np.dtype(
+    [
+        # -- options --
+        ("waiting_slots", "i8"),
+        ("running_slots", "i8"),
+        ("running_order", "i8"),
+        ("length_info", "i8"),
+        ("num_levels", "i8"),  # the last is all that fits
+        ("levels", "i8", (MOST_LEVELS,)),
+        ("skip_forced", "i8"),
+        ("work_conserving", "i8"),
+        ("voluntary", "i8"),  # whether requests may be preempted that need not be
+        ("idle", "i8"),  # whether the engine may wait although somebody could be served
+        ("autoreset", "i8"),
+        ("max_steps", "i8"),  # decisions after which the episode is truncated; 0: no limit
+        ("horizon", "f8"),
+        ("time_scale", "f8"),
+        ("rate_window", "f8"),
+        ("discount_rate", "f8"),
+        ("weights", "f8", (TERMS,)),
+        ("class_means", "f8", (MOST_CLASSES,)),
+        ("unit_time", "f8"),  # seconds that make one unit of reward: requests times the time scale
+        ("unit_tokens", "f8"),  # likewise output tokens: those expected of an episode
+        # -- the plan --
+        ("phase", "i8"),
+        ("held", "i8"),  # decodes are kept out of this plan
+        ("stale", "i8"),  # the visible waiting requests have to be found anew
+        ("num_wait", "i8"),
+        ("num_run", "i8"),
+        ("wait", "i4", (MOST_SLOTS,)),
+        ("run", "i4", (MOST_SLOTS,)),
+        ("last_action", "i8"),
+        # -- the step --
+        ("reward", "f8"),
+        ("terminated", "i8"),
+        ("truncated", "i8"),
+        ("dt", "f8"),
+        ("factor", "f8"),  # of the continuous discount at this point of the step
+        ("terms", "f8", (TERMS,)),  # the reward by objective, unweighted
+        # -- the episode --
+        ("drawn", "i8"),  # whether `pool` holds the next episode
+        ("was_reset", "i8"),  # whether this step began an episode
+        ("episodes", "i8"),
+        ("steps", "i8"),
+        ("illegal", "i8"),
+        ("total", "f8"),
+        ("iteration_time", "f8"),  # of the last iteration
+        ("arrival_rate", "f8"),
+        ("departure_rate", "f8"),
+        ("request_seconds", "f8"),  # the integral of requests in the system
+        ("met", "i8"),  # finished requests that met their targets
+        ("fairness", "f8"),  # Jain's index of what the clients have got
+        ("num_clients", "i8"),
+        ("service", "f8", (MOST_CLIENTS,)),
+        # -- the episode before, for statistics --
+        ("done_return", "f8"),
+        ("done_steps", "i8"),
+        ("done_latency", "f8"),
+        ("done_goodput", "f8"),
+        ("done_finished", "i8"),
+        ("done_clock", "f8"),
+        ("done_busy", "f8"),
+        ("done_iterations", "i8"),
+        ("done_preemptions", "i8"),
+        ("done_illegal", "i8"),
+        ("done_fairness", "f8"),
+        ("done_tokens", "i8"),
+    ],
+    align=True,
+)
+
+# The columns of the table of addresses.
+_COLUMNS = (
+    "engine",
+    "template",
+    "requests",
+    "num_requests",
+    "lists",
+    "work",
+    "cost",
+    "num_cost",
+    "itl",
+    "lane",
+    "pool",
+    "observation",
+    "observation_size",
+    "scales",
+    "final",
+    "mask",
+    "mask_size",
+    "rows",
+    "num_rows",
+    "logged",
+    "tokens",
+    "num_logged",
+    "used",
+)
+COLUMNS = len(_COLUMNS)
+(
+    _ENGINE,
+    _TEMPLATE,
+    _REQUESTS,
+    _NUM_REQUESTS,
+    _LISTS,
+    _WORK,
+    _COST,
+    _NUM_COST,
+    _ITL,
+    _LANE,
+    _POOL,
+    _OBSERVATION,
+    _OBSERVATION_SIZE,
+    _SCALES,
+    _FINAL,
+    _MASK,
+    _MASK_SIZE,
+    _ROWS,
+    _NUM_ROWS,
+    _LOGGED,
+    _TOKENS,
+    _NUM_LOGGED,
+    _USED,
+) = range(COLUMNS)
+
+_engine_span = span_at(ENGINE)
+_request_span = span_at(REQUEST)
+_lane_span = span_at(LANE)
+_drawn_span = span_at(DRAWN)
+_row_span = span_at(ITERATION)
+_i4_span = span_at(np.int32)
+_i8_span = span_at(np.int64)
+_f8_span = span_at(np.float64)
+_f4_span = span_at(np.float32)
+_i1_span = span_at(np.int8)
+
+
+class Env(NamedTuple):
+    """One environment, as compiled code sees it.
+
+    Attributes:
+        e: its engine.
+        v: its `LANE` record.
+        template: the engine's record as it is when an episode begins.
+        pool: (N,) DRAWN: the next episode.
+        observation, final: (D,) float32: what is seen now, and what was seen when the last episode ended.
+        scales: (2 D,) float32: how the features are normalised, see `observation`.
+        mask: (A,) int8: which actions are legal.
+        log: what happened, for pictures; of length 0 if nobody looks.
+    """
+
+    e: Engine
+    v: Any
+    template: Any
+    pool: Any
+    observation: Any
+    final: Any
+    scales: Any
+    mask: Any
+    log: Log
+
+
+@njit(inline="always")  # numba cannot return a record from a function
+def env_at(table, lane: int) -> Env:  # type: ignore[no-untyped-def]
+    """The environment of one row of the table of addresses, a span of int64."""
+    at = lane * COLUMNS
+    n = table[at + _NUM_REQUESTS]
+    lists = table[at + _LISTS]
+    return Env(
+        Engine(
+            _engine_span(table[at + _ENGINE], 1)[0],
+            _request_span(table[at + _REQUESTS], n),
+            _i4_span(lists, n),
+            _i4_span(lists + 4 * n, n),
+            _i4_span(lists + 8 * n, n),
+            _i4_span(lists + 12 * n, n),
+            _i4_span(lists + 16 * n, n),
+            _i4_span(lists + 20 * n, n),
+            _f8_span(table[at + _WORK], n),
+            _f8_span(table[at + _COST], table[at + _NUM_COST]),
+            _i8_span(table[at + _ITL], 0),
+        ),
+        _lane_span(table[at + _LANE], 1)[0],
+        _engine_span(table[at + _TEMPLATE], 1)[0],
+        _drawn_span(table[at + _POOL], n),
+        _f4_span(table[at + _OBSERVATION], table[at + _OBSERVATION_SIZE]),
+        _f4_span(table[at + _FINAL], table[at + _OBSERVATION_SIZE]),
+        _f4_span(table[at + _SCALES], 2 * table[at + _OBSERVATION_SIZE]),
+        _i1_span(table[at + _MASK], table[at + _MASK_SIZE]),
+        Log(
+            _row_span(table[at + _ROWS], table[at + _NUM_ROWS]),
+            _i4_span(table[at + _LOGGED], table[at + _NUM_LOGGED]),
+            _i4_span(table[at + _TOKENS], table[at + _NUM_LOGGED]),
+            _i8_span(table[at + _USED], 2),
+        ),
+    )
+
+
+class Bank:
+    """The memory of `num_envs` environments with `num_requests` requests an episode, and its addresses.
+
+    Attributes:
+        s, lane: (E,) engine and LANE records. req: (E, N) REQUEST records. lists: (E, 6, N) int32.
+        template: (1,) engine record. cost: the packed cost model. scales: (2, D) float32.
+        pool: (E, N) DRAWN records.
+        observation, final: (E, D) float32. mask: (E, A) int8.
+        table: (E, COLUMNS) int64, to be passed to compiled code.
+    """
+
+    def __init__(
+        self,
+        num_envs: int,
+        num_requests: int,
+        template: NDArray[Any],
+        cost: NDArray[np.float64],
+        scales: NDArray[np.float32],
+        mask_size: int,
+        log_rows: int = 0,
+    ) -> None:
+        n = num_requests
+        self.num_requests = n
+        self.template = template
+        self.cost = cost
+        self.scales = scales
+        observation_size = scales.shape[1]
+        self.s = np.zeros(num_envs, ENGINE)
+        self.lane = np.zeros(num_envs, LANE)
+        self.req = aligned_zeros(num_envs * n, REQUEST).reshape(num_envs, n)
+        self.lists = np.zeros((num_envs, 6, n), np.int32)
+        self.work = np.zeros((num_envs, n))
+        self.pool = np.zeros((num_envs, n), DRAWN)
+        self.observation = np.zeros((num_envs, observation_size), np.float32)
+        self.final = np.zeros((num_envs, observation_size), np.float32)
+        self.mask = np.zeros((num_envs, mask_size), np.int8)
+        self.log = Log(
+            np.zeros(log_rows, ITERATION),
+            np.zeros(8 * n if log_rows else 0, np.int32),
+            np.zeros(8 * n if log_rows else 0, np.int32),
+            np.zeros(2, np.int64),
+        )
+        self._itl = np.zeros(BINS, np.int64)  # not counted
+        self.table = np.zeros((num_envs, COLUMNS), np.int64)
+        self.address()
+
+    def address(self) -> None:
+        """Fill the table; needed again whenever an array is replaced."""
+
+        def put(column: int, array: NDArray[Any], shared: bool = False) -> None:
+            step = 0 if shared else array.strides[0]
+            self.table[:, column] = array.ctypes.data + step * np.arange(len(self.table))
+
+        for column, array in (
+            (_ENGINE, self.s),
+            (_REQUESTS, self.req),
+            (_LISTS, self.lists),
+            (_WORK, self.work),
+            (_LANE, self.lane),
+            (_POOL, self.pool),
+            (_OBSERVATION, self.observation),
+            (_FINAL, self.final),
+            (_MASK, self.mask),
+        ):
+            put(column, array)
+        for column, array in (
+            (_TEMPLATE, self.template),
+            (_COST, self.cost),
+            (_SCALES, self.scales),
+            (_ITL, self._itl),
+            (_ROWS, self.log.rows),
+            (_LOGGED, self.log.requests),
+            (_TOKENS, self.log.tokens),
+            (_USED, self.log.used),
+        ):
+            put(column, array, shared=True)
+        for column, value in (
+            (_NUM_REQUESTS, self.num_requests),
+            (_NUM_COST, len(self.cost)),
+            (_OBSERVATION_SIZE, self.observation.shape[1]),
+            (_MASK_SIZE, self.mask.shape[1]),
+            (_NUM_ROWS, len(self.log.rows)),
+            (_NUM_LOGGED, len(self.log.requests)),
+        ):
+            self.table[:, column] = value
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "table": np.zeros_like(self.table)}  # addresses mean nothing elsewhere
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.address()
