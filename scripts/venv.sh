@@ -19,6 +19,15 @@ find_python() {
     return 1
 }
 
+# torch from PyPI brings gigabytes of CUDA on Linux, and nothing here needs a GPU: its CPU build, if PyTorch's own index
+# (or what pip is configured with) has it. Where it has not, the installation that follows takes what there is.
+cpu_torch() {
+    if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 15 --no-deps \
+        --index-url https://download.pytorch.org/whl/cpu -c constraints.txt torch 2>/dev/null && [ "$(uname)" = Linux ]; then
+        echo "warning: no CPU build of torch found (download.pytorch.org has them); one with CUDA is several GB" >&2
+    fi
+}
+
 ensure_venv() {
     local want=$1 python hash stamp=.venv/.installed target=.
     [ "$want" = core ] || target=".[$want]"
@@ -42,6 +51,7 @@ ensure_venv() {
         return
     fi
     echo "installing into .venv (once)"
+    case $want in *test* | *train* | *interop*) cpu_torch ;; esac
     if ! .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e "$target"; then
         echo "error: the installation failed (see above); it needs a package index: check the network and run this again" >&2
         return 1
