@@ -292,6 +292,45 @@ def test_cells_keep_the_margins_and_the_dependence():
     assert stats.spearmanr(*pair.T).statistic == pytest.approx(stats.spearmanr(x, y).statistic, abs=0.03)
 
 
+def test_dependences_are_those_of_numpy_to_the_last_bit():
+    u = np.random.default_rng(0).random((5000, 2))
+    levels, counts = (0.0, 0.1, 0.6, 1.0), ((0, 5, 2), (1, 0, 0), (0, 0, 0))
+    row = np.searchsorted(levels, u[:, 0], side="right") - 1
+    sums = np.cumsum([(0, *c) for c in counts], axis=1)
+    second = [np.interp(v * sums[k][-1], sums[k], levels) for k, v in zip(row, u[:, 1], strict=True)]
+    assert (Cells(levels, counts).pair(u)[:, 1] == np.minimum(second, np.nextafter(1, 0))).all()
+    r = 2 * math.sin(math.pi * 0.4 / 6)
+    normal = r * lengths.normal_quantile(u[:, 0]) + math.sqrt(1 - r * r) * lengths.normal_quantile(u[:, 1])
+    assert (Rank(0.4).pair(u)[:, 1] == lengths.normal_cdf(normal)).all()
+
+
+def test_classes_are_drawn_together_as_one_by_one():
+    table, short = Table((0, 9, 50), (0, 3, 7)), Table((4, 5), (0, 1))
+    ties = (Rank(0.5), Cells((0.0, 0.5, 1.0), ((1, 2), (3, 0))), Rank(), Cells((0.0, 1.0), ((1,),)))
+    classes = [Lengths(table, short if i % 2 else table, tie) for i, tie in enumerate(ties)]
+    rng = np.random.default_rng(0)
+    kind, u = rng.integers(0, 4, 2000), rng.random((2000, 2))
+    for mixed in (classes, [*classes[:3], Lengths(Uniform(3, 9), table)]):
+        prompt, output = lengths.Mixture(mixed).tokens(kind, u)
+        for k, one in enumerate(mixed):
+            alone = one.tokens(u[kind == k])
+            assert (prompt[kind == k] == alone[0]).all() and (output[kind == k] == alone[1]).all()
+
+
+@pytest.mark.parametrize(
+    "name, prompt, output, client",
+    [
+        ("azure-conv", [4077, 392, 1009, 374], [64, 97, 404, 87], [0, 0, 0, 0]),
+        ("chatbot-arena", [551, 12, 69, 8], [512, 254, 425, 206], [19, 19, 1, 2]),
+        ("deepseek-r1", [4114, 19, 50, 16], [346, 1260, 1469, 1396], [0, 0, 0, 0]),
+    ],
+)
+def test_what_a_seed_draws_stays(name, prompt, output, client):
+    drawn = workloads.get(name, num_requests=4, rate=1.0, seed=7).draw()
+    assert drawn.prompt_tokens.tolist() == prompt and drawn.output_tokens.tolist() == output
+    assert drawn.client.tolist() == client
+
+
 def test_normal_tables():
     u = np.array([1e-6, 0.01, 0.3, 0.5, 0.9, 0.9999])
     assert lengths.normal_quantile(u) == pytest.approx(stats.norm.ppf(u), abs=1e-4)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -82,7 +83,7 @@ class Weibull:
         shape = self.shape
         return np.cumsum(rng.weibull(shape, n) / math.gamma(1 + 1 / shape))
 
-    @property
+    @cached_property
     def shape(self) -> float:
         """The shape k at which Gamma(1 + 2/k) / Gamma(1 + 1/k)^2 = 1 + cv^2, by bisection on log k."""
         target = math.log1p(self.cv**2)
@@ -185,9 +186,13 @@ class Diurnal:
 
     def unit_times(self, n: int, rng: np.random.Generator) -> Times:
         turns, phase = np.divmod(self.inner.unit_times(n, rng) / self.period, 1.0)
-        grid = np.linspace(0.0, 1.0, 4097)
-        done = grid + self.swing * (1 - np.cos(2 * np.pi * grid)) / (2 * np.pi)
-        return self.period * (turns + np.interp(phase, done, grid))
+        return self.period * (turns + np.interp(phase, *self._cycle))
+
+    @cached_property
+    def _cycle(self) -> tuple[Times, Times]:
+        """The share of a cycle's requests that has arrived at 4097 points of it, and the points."""
+        grid: Times = np.arange(4097) / 4096
+        return grid + self.swing * (1 - np.cos(2 * np.pi * grid)) / (2 * np.pi), grid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,13 +231,18 @@ class Profile:
 
     def _seconds(self, work: Times) -> Times:
         """When the recorded cumulative count, repeated, reaches `work` (after silence: at its end)."""
-        widths = np.full(len(self.counts), self.bin_s)
-        widths[-1] = self.last_s
-        done = np.concatenate(([0.0], np.cumsum(self.counts)))
-        time = np.concatenate(([0.0], np.cumsum(widths)))
+        done, time, widths = self._recorded
         turns, rest = np.divmod(work, done[-1])
         i = np.searchsorted(done, rest, side="right") - 1  # counts[i] > 0, as done[i] <= rest < done[i + 1]
         return turns * time[-1] + time[i] + (rest - done[i]) / (done[i + 1] - done[i]) * widths[i]
+
+    @cached_property
+    def _recorded(self) -> tuple[Times, Times, Times]:
+        """Recorded requests up to the edges of the bins, these edges, and the widths of the bins, seconds."""
+        widths = np.full(len(self.counts), self.bin_s)
+        widths[-1] = self.last_s
+        done = np.concatenate(([0.0], np.cumsum(self.counts)))
+        return done, np.concatenate(([0.0], np.cumsum(widths))), widths
 
 
 _NAMED: dict[str, Callable[..., Arrivals]] = {

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from functools import lru_cache
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from statistics import NormalDist
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from llmsched_env.errors import InputError
+from llmsched_env.workloads import quantiles
 
 Uniforms = NDArray[np.float64]
 Tokens = NDArray[np.int64]
@@ -138,13 +140,11 @@ class Table:
         return self.tokens[-1]
 
     def quantile(self, u: Uniforms) -> Tokens:
-        tokens: NDArray[Any] = np.array(self.tokens)
-        counts: NDArray[Any] = np.array(self.counts)
-        rank = u * counts[-1]
-        i = np.clip(np.searchsorted(counts, rank, side="right"), 1, len(counts) - 1)
-        share = (rank - counts[i - 1]) / np.maximum(counts[i] - counts[i - 1], 1)
-        step = np.floor(share * (tokens[i] - tokens[i - 1])).astype(np.int64)
-        return tokens[i - 1] + 1 + np.minimum(step, tokens[i] - tokens[i - 1] - 1)
+        return quantiles.table(*self._knots, u.ravel()).reshape(u.shape)
+
+    @cached_property
+    def _knots(self) -> tuple[Tokens, NDArray[np.float64]]:
+        return np.array(self.tokens, dtype=np.int64), np.array(self.counts, dtype=np.float64)
 
     @staticmethod
     def of(values: ArrayLike, tolerance: float = 0.001, tail: float = 0.02) -> Table:
@@ -205,9 +205,12 @@ class Rank:
     def pair(self, u: Uniforms) -> Uniforms:
         if self.correlation == 0:
             return u
-        r = 2 * math.sin(math.pi * self.correlation / 6)  # Pearson correlation of the normals behind it
-        mixed = r * normal_quantile(u[:, 0]) + math.sqrt(max(0.0, 1 - r * r)) * normal_quantile(u[:, 1])
-        return np.stack((u[:, 0], normal_cdf(mixed)), axis=1)
+        return np.stack((u[:, 0], quantiles.copula(self._pearson, u, *_normal_table())), axis=1)
+
+    @property
+    def _pearson(self) -> float:
+        """Pearson correlation of the normals behind the copula."""
+        return 2 * math.sin(math.pi * self.correlation / 6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,14 +229,13 @@ class Cells:
     counts: tuple[tuple[int, ...], ...]
 
     def pair(self, u: Uniforms) -> Uniforms:
-        levels = np.array(self.levels)
-        row = np.clip(np.searchsorted(levels, u[:, 0], side="right") - 1, 0, len(self.counts) - 1)
-        second = np.empty(len(u))
-        for i, counts in enumerate(self.counts):
-            mine = row == i
-            total = np.concatenate(([0.0], np.cumsum(counts)))
-            second[mine] = np.interp(u[mine, 1] * total[-1], total, levels)
-        return np.stack((u[:, 0], np.minimum(second, np.nextafter(1, 0))), axis=1)
+        return np.stack((u[:, 0], quantiles.cells(*self._rows, u)), axis=1)
+
+    @cached_property
+    def _rows(self) -> tuple[Uniforms, NDArray[np.float64]]:
+        """The levels, and row after row the counts up to each of them."""
+        up_to = [[0.0, *np.cumsum(row)] for row in self.counts]
+        return np.array(self.levels), np.array(up_to).ravel()
 
     @staticmethod
     def of(prompt: ArrayLike, output: ArrayLike, levels: ArrayLike) -> Cells:
@@ -269,6 +271,56 @@ class Lengths:
         return Lengths(
             Table.of(prompt, tolerance), Table.of(output, tolerance), Rank(rank_correlation(prompt, output))
         )
+
+
+class Mixture:
+    """Lengths of several classes, drawn together: the same tokens as by `Lengths.tokens` class by class, and
+    in one compiled loop where all of them are tables.
+    """
+
+    def __init__(self, classes: Sequence[Lengths]) -> None:
+        self._classes = tuple(classes)
+        tables = all(type(x) is Table for c in classes for x in (c.prompt, c.output))
+        known = all(type(c.dependence) in (Rank, Cells) for c in classes)
+        self._packed = self._pack() if tables and known else None
+
+    def tokens(self, kind: NDArray[np.int64], u: Uniforms) -> tuple[Tokens, Tokens]:
+        """Prompt and output tokens, int64 (n,) each, of requests of class `kind` (n,) from independent
+        uniforms (n, 2).
+        """
+        if self._packed is not None:
+            return quantiles.lengths(kind, u, self._packed, *_normal_table())
+        if len(self._classes) == 1:
+            return self._classes[0].tokens(u)
+        prompt, output = np.empty(len(u), dtype=np.int64), np.empty(len(u), dtype=np.int64)
+        for i, lengths in enumerate(self._classes):
+            mine = np.flatnonzero(kind == i)
+            if len(mine):
+                prompt[mine], output[mine] = lengths.tokens(u[mine])
+        return prompt, output
+
+    def _pack(self) -> quantiles.Packed:
+        nothing = (np.empty(0), np.empty(0))
+        ties: list[Any] = [c.dependence for c in self._classes]
+        knots = [x._knots for c in self._classes for x in (c.prompt, c.output)]  # type: ignore[attr-defined]
+        rows = [tie._rows if isinstance(tie, Cells) else nothing for tie in ties]
+        tokens, counts = zip(*knots, strict=True)
+        levels, below = zip(*rows, strict=True)
+        return quantiles.Packed(
+            tokens=np.concatenate(tokens),
+            counts=np.concatenate(counts),
+            table=_begins(tokens),
+            levels=np.concatenate(levels),
+            below=np.concatenate(below),
+            level=_begins(levels),
+            cell=_begins(below),
+            pearson=np.array([tie._pearson if isinstance(tie, Rank) else 0.0 for tie in ties]),
+        )
+
+
+def _begins(parts: Sequence[NDArray[Any]]) -> NDArray[np.int64]:
+    """Where each part begins in all of them together, and the end."""
+    return np.cumsum([0, *map(len, parts)])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llmsched_env.core.requests import Requests
 from llmsched_env.errors import InputError
 from llmsched_env.workloads import arrivals, predictions
-from llmsched_env.workloads.lengths import Clip, Lengths, Moments
+from llmsched_env.workloads.lengths import Clip, Lengths, Mixture, Moments
 
 _SAMPLE = 2**18  # points of the quasi-random sample behind the moments
 
@@ -111,29 +111,34 @@ class Synthetic(Workload):
 
     def draw(self, capacity_rps: float | None = None, rng: np.random.Generator | None = None) -> Requests:
         rng = _generator(self.seed) if rng is None else rng
-        streams = [np.random.default_rng(int(s)) for s in rng.integers(0, 2**63, size=4)]
+        rules = (self.arrivals, None, self.prediction, self.declared)
+        streams = list(map(_stream, rng.integers(0, 2**63, size=4), rules))
         n = int(self.num_requests)
         arrival = self.arrivals.unit_times(n, streams[0])
         if not isinstance(self.arrivals, arrivals.AtOnce):
             arrival = arrival / self._resolved(capacity_rps)
-        kind, prompt, output = _lengths(self.classes, self.clip, streams[1].random((n, 3)))
-        column: dict[str, Any] = {
-            f: np.array([getattr(c, f) for c in self.classes])[kind]
-            for f in ("client", "class_id", "priority", "ttft_target_s", "tpot_target_s")
-        }
-        longest = self.clip.longest(max(c.lengths.output.largest for c in self.classes))
+        kind, prompt, output = self._mixture.draw(streams[1].random((n, 3)))
+        declared = self.declared.declare(output, self._longest_output, streams[3])
         return Requests.of(
             arrival,
-            prompt,
-            output,
+            _narrow(prompt),
+            _narrow(output),
             predicted_tokens=self.prediction.predict(output, streams[2]),
-            declared_tokens=self.declared.declare(output, longest, streams[3]),
-            **column,
+            declared_tokens=_narrow(declared),
+            **self._mixture.columns(kind),
         )
 
     def moments(self) -> Moments:
         """Over the distributions, from a fixed low-discrepancy sample (about 1e-4 relative error); kept."""
         return _moments(self.classes, self.clip)
+
+    @cached_property
+    def _mixture(self) -> _Mixture:
+        return _Mixture(self.classes, self.clip)
+
+    @cached_property
+    def _longest_output(self) -> int:
+        return self.clip.longest(max(c.lengths.output.largest for c in self.classes))
 
     def _resolved(self, capacity_rps: float | None) -> float:
         rate = self._rate(capacity_rps)
@@ -212,17 +217,32 @@ def _check(workload: Workload) -> None:
             raise InputError(f"workload {workload.name}: {name} must be a positive number, not {value!r}")
 
 
-def _lengths(
-    classes: tuple[RequestClass, ...], clip: Clip, u: NDArray[np.float64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Class, prompt and output tokens of each row of uniforms (n, 3)."""
-    shares = np.cumsum([c.share for c in classes])
-    kind = np.minimum(np.searchsorted(shares, u[:, 0] * shares[-1], side="right"), len(classes) - 1)
-    prompt, output = np.empty(len(u), dtype=np.int64), np.empty(len(u), dtype=np.int64)
-    for i, c in enumerate(classes):
-        mine = kind == i
-        prompt[mine], output[mine] = c.lengths.tokens(u[mine, 1:])
-    return kind, *clip(prompt, output)
+class _Mixture:
+    """Classes and the limits of their lengths, made ready for drawing."""
+
+    def __init__(self, classes: tuple[RequestClass, ...], clip: Clip) -> None:
+        self._shares = np.cumsum([c.share for c in classes])
+        self._lengths = Mixture([c.lengths for c in classes])
+        self._clip = clip
+        names = ("client", "class_id", "priority", "ttft_target_s", "tpot_target_s")
+        self._marks = {name: _narrow(np.array([getattr(c, name) for c in classes])) for name in names}
+
+    def draw(self, u: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Class, prompt and output tokens of each row of uniforms (n, 3)."""
+        shares = self._shares
+        kind = np.minimum(shares.searchsorted(u[:, 0] * shares[-1], side="right"), len(shares) - 1)
+        return kind, *self._clip(*self._lengths.tokens(kind, u[:, 1:]))
+
+    def columns(self, kind: NDArray[np.int64]) -> dict[str, Any]:
+        """What all requests of a class have in common, for requests of these classes: arrays (n,) by name."""
+        return {name: of_class[kind] for name, of_class in self._marks.items()}
+
+
+def _narrow(column: NDArray[Any]) -> NDArray[Any]:
+    """int64 as int32 where no value is lost: `Requests.of` then need not look at each."""
+    if column.dtype == np.int64 and column.min() >= -(2**31) and column.max() < 2**31:
+        return column.astype(np.int32)
+    return column
 
 
 @lru_cache(maxsize=256)
@@ -230,7 +250,25 @@ def _moments(classes: tuple[RequestClass, ...], clip: Clip) -> Moments:
     # Roberts' generalised golden ratio in three dimensions: g^4 = g + 1.
     g = 1.2207440846057596
     u = (0.5 + np.outer(np.arange(1, _SAMPLE + 1), [1 / g, 1 / g**2, 1 / g**3])) % 1.0
-    return Moments.of(*_lengths(classes, clip, u)[1:])
+    return Moments.of(*_Mixture(classes, clip).draw(u)[1:])
+
+
+# Rules that draw no random numbers, and the generator that they are given: to make one takes 6 microseconds.
+_CERTAIN = (
+    arrivals.AtOnce,
+    arrivals.Deterministic,
+    predictions.Oracle,
+    predictions.NoPrediction,
+    predictions.PowerOfTwo,
+    predictions.Cap,
+    predictions.Exact,
+)
+_UNUSED = np.random.default_rng(0)
+
+
+def _stream(seed: np.int64, rule: object) -> np.random.Generator:
+    """The random numbers of a rule."""
+    return _UNUSED if type(rule) in _CERTAIN else np.random.default_rng(int(seed))
 
 
 def _generator(seed: int) -> np.random.Generator:
