@@ -91,6 +91,7 @@ class EngineView(NamedTuple):
     work: Any
     cost: Any
     itl: Any
+    bits: Any
     compiled: Engine
 
 
@@ -103,6 +104,7 @@ def engine_view(lanes: Lanes, lane: int) -> EngineView:
         lanes.work[lanes.first_work[lane] : lanes.first_work[lane + 1]],
         lanes.cost[lanes.first_cost[lane] : lanes.first_cost[lane + 1]],
         lanes.itl[lanes.first_itl[lane] : lanes.first_itl[lane + 1]],
+        lanes.itl[:0],
     )
     compiled = Engine(lanes.s[lane], lanes.req[lo:hi], *rest)
     view = (lanes.s.view(np.recarray)[lane], lanes.req[lo:hi].view(np.recarray), *rest, compiled)

@@ -11,8 +11,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
 import numpy as np
+from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic as numba_intrinsic
@@ -73,6 +73,16 @@ def span_at(dtype: Any) -> Any:
         return signature, build
 
     return at
+
+
+@intrinsic
+def trailing_zeros(typing_context: Any, number: Any) -> Any:
+    """How many zeros an int64 other than 0 ends with in binary."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.cttz(args[0], context.get_constant(types.boolean, True))
+
+    return types.int64(types.int64), build
 
 
 @intrinsic

@@ -192,7 +192,10 @@ _ENGINE: list[tuple[Any, ...]] = [
     ("num_dropped", "i8"),
     ("kv_tokens", "i8"),  # computed tokens of all resident requests
     ("root", "i8"),  # of the waiting queue, -1: empty
-    ("head", "i8"),  # the first of the waiting queue, unless that is empty
+    ("head", "i8"),  # the first and the last of the waiting queue, unless that is empty
+    ("tail", "i8"),
+    # the queue is a set of bits by place in the order: 1: of arrival; 2: by `rank`, and `swapped` its inverse
+    ("ranked", "i8"),
     ("queue_front", "i8"),
     ("queue_back", "i8"),
     ("random", "u8"),  # state of the engine's own generator
@@ -270,6 +273,7 @@ class Engine(NamedTuple):
         work: float64 workspace of the scheduler (tables, counters), its size as the scheduler asked.
         cost: float64 vector of the cost model.
         itl: (10240,) int64 histogram of inter-token latencies, or of length 0.
+        bits: int64, one bit a request, where the queue is a set of bits (`queue`); or of length 0.
     """
 
     s: Any
@@ -283,6 +287,7 @@ class Engine(NamedTuple):
     work: Any
     cost: Any
     itl: Any
+    bits: Any
 
 
 class Lanes(NamedTuple):
@@ -321,4 +326,5 @@ def engine_at(lanes: Lanes, lane: int) -> Engine:
         span(lanes.work[lanes.first_work[lane] : lanes.first_work[lane + 1]]),
         span(lanes.cost[lanes.first_cost[lane] : lanes.first_cost[lane + 1]]),
         span(lanes.itl[lanes.first_itl[lane] : lanes.first_itl[lane + 1]]),
+        span(lanes.itl[:0]),
     )

@@ -15,9 +15,8 @@ from __future__ import annotations
 
 from llmsched_env.core.compile import njit
 from llmsched_env.core.engine import evict, grant, grant_decodes, refund
-from llmsched_env.core.facts import blocks_for, hold_tokens
 from llmsched_env.core.run import _log_full
-from llmsched_env.core.span import prefetch, span
+from llmsched_env.core.span import span
 from llmsched_env.envs.episode import (
     BUILDING,
     FORCED,
@@ -32,7 +31,16 @@ from llmsched_env.envs.episode import (
     run_iteration,
 )
 from llmsched_env.envs.lane import Env, env_at
-from llmsched_env.envs.observation import drop_waiting, find_running, find_waiting, observe
+from llmsched_env.envs.observation import (
+    TIMES,
+    drop_waiting,
+    find_running,
+    find_waiting,
+    observe,
+    running_changed,
+    running_joined,
+    running_left,
+)
 
 RUN, HOLD, FIRST_SLOT = 0, 1, 2
 NEXT_STEP, SAME_STEP, DISABLED = 0, 1, 2
@@ -47,84 +55,84 @@ def num_actions(waiting_slots: int, running_slots: int, num_levels: int) -> int:
 
 
 @njit(forceinline=True)
-def most_to_admit(env: Env, r: int) -> int:
-    """Most tokens that waiting request r could get in this plan; 0: it cannot be admitted."""
-    e = env.e
-    s, q = e.s, e.req[r]
-    if s.num_running >= s.max_num_seqs:
+def room_to_admit(env: Env) -> int:
+    """KV blocks that an admission may take, the watermark kept free while somebody runs; 0: nobody can be
+    admitted."""
+    s = env.e.s
+    if s.num_running >= s.max_num_seqs or s.budget <= 0:
         return 0
-    free = s.free - (s.watermark_blocks if s.num_running > 0 else 0)
-    if free <= 0:
-        return 0
-    rest = q.prompt + q.generated
-    hold = hold_tokens(e, q, s.hold)
-    if hold > 0:
-        if blocks_for(e, hold) > free:
-            return 0
-        most = min(rest, s.budget)
-    else:
-        most = min(min(rest, s.budget), free * s.block_size)
-    if not s.chunked and most < rest:
-        return 0
-    return max(0, most)
+    return max(0, s.free - (s.watermark_blocks if s.num_running > 0 else 0))
 
 
 @njit(forceinline=True)
-def most_to_chunk(env: Env, r: int) -> int:
-    """Most tokens that running request r could get for its prefill in this plan; 0: none."""
-    e = env.e
-    s, q = e.s, e.req[r]
-    rest = q.target - q.computed
-    if rest <= 0 or q.granted > 0:
-        return 0
-    room = q.blocks * s.block_size - q.computed + s.free * s.block_size
-    most = min(min(rest, s.budget), room)
-    if not s.chunked and most < rest:
-        return 0
-    return max(0, most)
+def most_to_admit(env: Env, slot: int, blocks: int) -> int:
+    """Most tokens that the request in this waiting slot could get with so many KV blocks; 0: none."""
+    s, v = env.e.s, env.v
+    chunked = s.chunked != 0
+    return _most_to_admit(v.wait_rest[slot], v.wait_hold[slot], s.budget, blocks, s.block_size, chunked)
 
 
 @njit(forceinline=True)
-def may_preempt(env: Env, r: int) -> bool:
-    """Whether r may be taken out of the batch: it has no chunk in the plan."""
-    q = env.e.req[r]
-    return q.granted == 0 or q.computed >= q.target
+def _most_to_admit(rest: int, hold: int, budget: int, blocks: int, size: int, chunked: bool) -> int:
+    if hold > blocks:
+        return 0
+    most = min(rest, budget)
+    if hold == 0:
+        most = min(most, blocks * size)
+    return most if chunked or most == rest else 0
+
+
+@njit(forceinline=True)
+def most_to_chunk(env: Env, slot: int) -> int:
+    """Most tokens that the prefill in this running slot could get; 0: none."""
+    s, v = env.e.s, env.v
+    room = v.run_room[slot] + s.free * s.block_size
+    return _most_to_chunk(v.run_rest[slot], room, max(0, s.budget), s.chunked != 0)
+
+
+@njit(forceinline=True)
+def _most_to_chunk(rest: int, room: int, budget: int, chunked: bool) -> int:
+    most = min(rest, min(budget, room))
+    return most if chunked or most == rest else 0
 
 
 # ---------------------------------------------------------------------- the mask
 
 
-@njit
+@njit(forceinline=True)
 def legal(env: Env) -> int:
     """Write which actions are legal; returns the only one, or -1 if there are several."""
     e, v, mask = env.e, env.v, env.mask
     s = e.s
     for i in range(len(mask)):
         mask[i] = 0
-    levels = v.num_levels
-    preempt = FIRST_SLOT + (v.waiting_slots + v.running_slots) * levels
+    preempt = FIRST_SLOT + (v.waiting_slots + v.running_slots) * v.num_levels
     count, only = 0, RUN
     if v.phase == FORCED:
         for k in range(v.num_run):
             mask[preempt + k] = 1
         return preempt if v.num_run == 1 else -1
-    at = FIRST_SLOT
-    if s.budget > 0 and s.num_running < s.max_num_seqs:
+    num_levels, chunked, budget, size = v.num_levels, s.chunked != 0, s.budget, s.block_size
+    blocks = room_to_admit(env)
+    at = FIRST_SLOT - 1
+    if blocks > 0:
         for k in range(v.num_wait):
-            most = most_to_admit(env, v.wait[k])
+            at += num_levels
+            most = _most_to_admit(v.wait_rest[k], v.wait_hold[k], budget, blocks, size, chunked)
             if most > 0:
-                count += _allow_levels(env, at, most)
-                only = at + levels - 1
-            at += levels
-    at = FIRST_SLOT + v.waiting_slots * levels
+                only = at
+                count += _allow_levels(mask, v.levels, at, num_levels, most, chunked)
     prefills = s.prefill_requests
-    if s.decodes + prefills < s.num_running and s.budget > 0:  # somebody is not in the plan
+    if s.decodes + prefills < s.num_running and budget > 0:  # somebody is not in the plan
+        at = FIRST_SLOT - 1 + v.waiting_slots * num_levels
+        free = s.free * size
         for k in range(v.num_run):
-            most = most_to_chunk(env, v.run[k])
-            if most > 0:
-                count += _allow_levels(env, at, most)
-                only = at + levels - 1
-            at += levels
+            at += num_levels
+            if v.run_rest[k] > 0:
+                most = _most_to_chunk(v.run_rest[k], v.run_room[k] + free, budget, chunked)
+                if most > 0:
+                    only = at
+                    count += _allow_levels(mask, v.levels, at, num_levels, most, chunked)
     fill = count
     if s.decodes > 0 and not v.held and (fill > 0 or prefills > 0):
         mask[HOLD] = 1
@@ -135,7 +143,7 @@ def legal(env: Env) -> int:
     # Somebody must wait who could be admitted in this plan, or nothing else is possible.
     if (v.voluntary and s.num_waiting > s.num_victims) or stuck:
         for k in range(v.num_run):
-            if may_preempt(env, v.run[k]):
+            if v.run_fixed[k] == 0:
                 mask[preempt + k] = 1
                 count += 1
                 only = preempt + k
@@ -151,16 +159,16 @@ def legal(env: Env) -> int:
 
 
 @njit(forceinline=True)
-def _allow_levels(env: Env, at: int, most: int) -> int:
-    """Allow the levels below `most`, and all that fits; returns how many."""
-    v, mask = env.v, env.mask
+def _allow_levels(mask, levels, last: int, num_levels: int, most: int, chunked: bool) -> int:  # type: ignore[no-untyped-def]
+    """Allow all that fits, at `last`, and the levels that are less; returns how many."""
+    mask[last] = 1
     count = 1
-    last = v.num_levels - 1
-    for k in range(last):
-        if v.levels[k] < most and env.e.s.chunked:
-            mask[at + k] = 1
-            count += 1
-    mask[at + last] = 1
+    if chunked:
+        first = last - num_levels + 1
+        for k in range(num_levels - 1):
+            less = 1 if levels[k] < most else 0
+            mask[first + k] = less
+            count += less
     return count
 
 
@@ -183,19 +191,23 @@ def decode_all(env: Env) -> None:
             return
     v.phase = BUILDING
     grant_decodes(e, 0, True)
+    v.stale_run = 1
 
 
 @njit
 def new_plan(env: Env) -> None:
     """Begin to plan the next iteration."""
-    env.v.held = 0
+    v = env.v
+    v.held = 0
     if env.e.s.num_victims > 0:
-        env.v.stale = 1
+        v.stale_wait = 1
     begin_iteration(env)
+    v.stale_run = 1  # time has passed
+    v.see_wait = max(v.see_wait, TIMES)
     decode_all(env)
 
 
-@njit
+@njit(forceinline=True)
 def apply(env: Env, action: int) -> None:
     """Do what a legal action says."""
     e, v = env.e, env.v
@@ -211,32 +223,42 @@ def apply(env: Env, action: int) -> None:
             q = e.req[e.plan[k]]
             if q.computed >= q.target:
                 refund(e, e.plan[k])
+        v.stale_run = 1
         return
     slot, level = divmod(action - FIRST_SLOT, v.num_levels)
     if slot < v.waiting_slots:
         r = v.wait[slot]
-        most = most_to_admit(env, r)
+        tokens = _tokens(env, most_to_admit(env, slot, room_to_admit(env)), level)
         drop_waiting(env, slot)
-        grant(e, r, most if level == v.num_levels - 1 else min(most, v.levels[level]))
+        grant(e, r, tokens)
+        running_joined(env)
     elif slot < v.waiting_slots + v.running_slots:
-        r = v.run[slot - v.waiting_slots]
-        most = most_to_chunk(env, r)
-        grant(e, r, most if level == v.num_levels - 1 else min(most, v.levels[level]))
+        slot -= v.waiting_slots
+        grant(e, v.run[slot], _tokens(env, most_to_chunk(env, slot), level))
+        running_changed(env, slot)
     else:
-        r = v.run[action - FIRST_SLOT - (v.waiting_slots + v.running_slots) * v.num_levels]
-        evict(e, r)  # not visible before the next plan
+        slot = action - FIRST_SLOT - (v.waiting_slots + v.running_slots) * v.num_levels
+        evict(e, v.run[slot])  # it is not visible as waiting before the next plan
+        running_left(env, slot)
         if v.phase == FORCED:
             decode_all(env)
 
 
-@njit
+@njit(forceinline=True)
+def _tokens(env: Env, most: int, level: int) -> int:
+    """Tokens of a chunk of this level where at most so many fit."""
+    return most if level == env.v.num_levels - 1 else min(most, env.v.levels[level])
+
+
+@njit(forceinline=True)
 def settle(env: Env) -> None:
     """Find who is visible and what is legal; do it, as long as it is a single action and such are skipped."""
     v = env.v
     while v.phase != OVER:
-        if v.stale:
+        if v.stale_wait:
             find_waiting(env)
-        find_running(env)
+        if v.stale_run:
+            find_running(env)
         only = legal(env)
         if only < 0 or not v.skip_forced or _log_full(env.e, env.log):
             return
@@ -247,7 +269,7 @@ def settle(env: Env) -> None:
         apply(env, only)
 
 
-@njit
+@njit(forceinline=True)
 def decode_on_from(env: Env) -> bool:
     """`apply` RUN to a plan in which all decode, and all that follows until somebody arrives."""
     e = env.e
@@ -260,7 +282,7 @@ def decode_on_from(env: Env) -> bool:
     return True
 
 
-@njit
+@njit(forceinline=True)
 def decide(env: Env, action: int) -> None:
     """One step: an action of any number, and what follows of itself."""
     v = env.v
@@ -297,24 +319,12 @@ def begin(env: Env) -> None:
     end_step(env)
 
 
-@njit(forceinline=True)
-def _fetch(env: Env) -> None:
-    """Ask memory for what the step of this environment will read, while another one's is under way."""
-    v, req = env.v, env.e.req
-    for k in range(v.num_run):
-        prefetch(req, v.run[k])
-    for k in range(v.num_wait):
-        prefetch(req, v.wait[k])
-
-
 @njit
 def step_decision(table, actions, first: int, stop: int) -> None:  # type: ignore[no-untyped-def]
     """A step of the environments [first, stop), each with its action, and the resets that fall due."""
     addresses, given = span(table), span(actions)
     for lane in range(first, stop):
         env = env_at(addresses, lane)
-        if lane + 1 < stop:
-            _fetch(env_at(addresses, lane + 1))
         v = env.v
         v.was_reset = 0
         if v.phase == OVER:

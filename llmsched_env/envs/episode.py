@@ -1,8 +1,7 @@
 """An episode: its beginning, the passing of time and what that is worth, its end.
 
 The same for all environments. What is rewarded is summed as time passes. By Little's law the integral of the
-number of requests in the system
-is the sum of their latencies.
+number of requests in the system is the sum of their latencies.
 """
 
 from __future__ import annotations
@@ -30,6 +29,8 @@ def load(env: Env) -> None:
     """Begin the episode that `pool` holds, at time 0."""
     e, v = env.e, env.v
     copy_record(e.s, env.template)
+    for i in range(len(e.bits)):
+        e.bits[i] = 0
     clients = 0
     for r in range(len(e.req)):
         d, q = env.pool[r], e.req[r]
@@ -52,7 +53,8 @@ def load(env: Env) -> None:
     v.drawn = 0
     v.was_reset = 1
     v.held = 0
-    v.stale = 1
+    v.stale_wait = v.stale_run = 1
+    v.see_wait = v.see_run = 2
     v.num_wait = v.num_run = 0
     v.last_action = -1
     v.steps = v.illegal = 0
@@ -69,7 +71,7 @@ def load(env: Env) -> None:
     begin_step(env)
 
 
-@njit
+@njit(forceinline=True)
 def begin_step(env: Env) -> None:
     """Nothing has happened in this step yet."""
     v = env.v
@@ -80,7 +82,7 @@ def begin_step(env: Env) -> None:
         v.terms[i] = 0.0
 
 
-@njit
+@njit(forceinline=True)
 def end_step(env: Env) -> None:
     """The reward of the step: the terms by their weights."""
     v = env.v
@@ -95,14 +97,14 @@ def end_step(env: Env) -> None:
 # ---------------------------------------------------------------------- time passes
 
 
-@njit
+@njit(forceinline=True)
 def in_system(env: Env) -> int:
     """Requests that have arrived and not finished."""
     s = env.e.s
     return s.arrived - s.num_finished - s.num_dropped
 
 
-@njit
+@njit(forceinline=True)
 def _spend(env: Env, seconds: float, requests: float) -> None:
     """`seconds` pass, at whose beginning so many requests are in the system."""
     v = env.v
@@ -119,8 +121,8 @@ def _spend(env: Env, seconds: float, requests: float) -> None:
 
 @njit
 def _before_now(env: Env, seconds: float, sign: float) -> None:
-    """A request was in the system for `seconds` up to now and not counted yet (sign 1), or is counted though it
-    was not (-1)."""
+    """A request was in the system for `seconds` up to now and is not counted yet (sign 1), or is and was not
+    (-1)."""
     v = env.v
     v.request_seconds += sign * seconds
     beta = v.discount_rate
@@ -128,7 +130,7 @@ def _before_now(env: Env, seconds: float, sign: float) -> None:
     v.terms[LATENCY] -= sign * area / v.unit_time
 
 
-@njit
+@njit(forceinline=True)
 def see_arrivals(env: Env) -> None:
     """Let what has arrived enter the queue."""
     e, v = env.e, env.v
@@ -138,18 +140,18 @@ def see_arrivals(env: Env) -> None:
     for r in range(first, s.arrived):
         _before_now(env, s.clock - e.req[r].arrival, 1.0)
     if s.arrived > first:
-        v.stale = 1
+        v.stale_wait = 1
         v.arrival_rate += (s.arrived - first) / v.rate_window
 
 
-@njit
+@njit(forceinline=True)
 def begin_iteration(env: Env) -> None:
     """Arrivals are seen, and the next plan is begun."""
     see_arrivals(env)
     begin_plan(env.e)
 
 
-@njit
+@njit(forceinline=True)
 def run_iteration(env: Env) -> None:
     """Execute the plan; with nothing planned, wait for the next arrival."""
     e, v = env.e, env.v
@@ -211,7 +213,7 @@ def decode_on(env: Env) -> bool:
     return True
 
 
-@njit
+@njit(forceinline=True)
 def _sum_up(env: Env, start: float, busy: float, output: int, finished: int) -> None:
     """What an iteration, or several, have brought since."""
     e, v = env.e, env.v
@@ -253,7 +255,7 @@ def _serve(env: Env) -> None:
 # ---------------------------------------------------------------------- the end
 
 
-@njit
+@njit(forceinline=True)
 def over(env: Env) -> bool:
     """Whether the episode has ended; notes how."""
     e, v = env.e, env.v

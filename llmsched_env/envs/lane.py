@@ -6,6 +6,7 @@ A table of addresses finds them all, so that a step of one or of hundreds passes
 from __future__ import annotations
 
 import enum
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from llmsched_env.core.compile import njit
 from llmsched_env.core.histogram import BINS
 from llmsched_env.core.run import ITERATION, Log
 from llmsched_env.core.span import span_at
-from llmsched_env.core.state import REQUEST, Engine, aligned_zeros
+from llmsched_env.core.state import REQUEST, Engine
 from llmsched_env.scheduling import ENGINE
 
 MOST_SLOTS = 64  # visible waiting, or running, requests
@@ -50,6 +51,21 @@ DRAWN = np.dtype(
     align=True,
 )
 
+# What does not change of a visible request while it keeps its place, see `observation`.
+BRIEF = np.dtype(
+    [
+        ("arrival", "f8"),
+        ("first_due", "f8"),  # when its first token is due
+        ("tpot", "f8"),
+        ("length", "f8"),  # of its answer, as far as the length regime tells; 0: nothing
+        ("due", "f8"),  # when the next token of a waiting request is due
+        ("generated", "f4"),  # of a waiting request
+        ("class_id", "f4"),
+        ("preemptions", "f4"),
+    ],
+    align=True,
+)
+
 # What the environment keeps beside its engine.
 LANE = np.dtype(
     [
@@ -77,11 +93,21 @@ LANE = np.dtype(
         # -- the plan --
         ("phase", "i8"),
         ("held", "i8"),  # decodes are kept out of this plan
-        ("stale", "i8"),  # the visible waiting requests have to be found anew
+        # the visible requests, and what the mask asks of them
+        ("stale_wait", "i8"),  # they have to be found anew
+        ("stale_run", "i8"),
         ("num_wait", "i8"),
         ("num_run", "i8"),
         ("wait", "i4", (MOST_SLOTS,)),
+        ("wait_rest", "i4", (MOST_SLOTS,)),  # tokens of its prefill
+        ("wait_hold", "i4", (MOST_SLOTS,)),  # KV blocks that its admission reserves in any case
         ("run", "i4", (MOST_SLOTS,)),
+        ("run_rest", "i4", (MOST_SLOTS,)),  # tokens left of its prefill; 0 if it decodes or is in the plan
+        ("run_room", "i4", (MOST_SLOTS,)),  # tokens for which it holds KV blocks already
+        ("run_fixed", "i4", (MOST_SLOTS,)),  # 1: it has a chunk in the plan, and may not be preempted
+        # rows of the observation that have to be written anew, all of a kind
+        ("see_wait", "i8"),
+        ("see_run", "i8"),
         ("last_action", "i8"),
         # -- the step --
         ("reward", "f8"),
@@ -133,8 +159,11 @@ _COLUMNS = (
     "cost",
     "num_cost",
     "itl",
+    "bits",
+    "num_words",
     "lane",
     "pool",
+    "brief",
     "observation",
     "observation_size",
     "scales",
@@ -159,8 +188,11 @@ COLUMNS = len(_COLUMNS)
     _COST,
     _NUM_COST,
     _ITL,
+    _BITS,
+    _NUM_WORDS,
     _LANE,
     _POOL,
+    _BRIEF,
     _OBSERVATION,
     _OBSERVATION_SIZE,
     _SCALES,
@@ -179,6 +211,7 @@ _engine_span = span_at(ENGINE)
 _request_span = span_at(REQUEST)
 _lane_span = span_at(LANE)
 _drawn_span = span_at(DRAWN)
+_brief_span = span_at(BRIEF)
 _row_span = span_at(ITERATION)
 _i4_span = span_at(np.int32)
 _i8_span = span_at(np.int64)
@@ -195,6 +228,7 @@ class Env(NamedTuple):
         v: its `LANE` record.
         template: the engine's record as it is when an episode begins.
         pool: (N,) DRAWN: the next episode.
+        brief: BRIEF of each visible request, those waiting first.
         observation, final: (D,) float32: what is seen now, and what was seen when the last episode ended.
         scales: (2 D,) float32: how the features are normalised, see `observation`.
         mask: (A,) int8: which actions are legal.
@@ -205,6 +239,7 @@ class Env(NamedTuple):
     v: Any
     template: Any
     pool: Any
+    brief: Any
     observation: Any
     final: Any
     scales: Any
@@ -231,10 +266,12 @@ def env_at(table, lane: int) -> Env:  # type: ignore[no-untyped-def]
             _f8_span(table[at + _WORK], n),
             _f8_span(table[at + _COST], table[at + _NUM_COST]),
             _i8_span(table[at + _ITL], 0),
+            _i8_span(table[at + _BITS], table[at + _NUM_WORDS]),
         ),
         _lane_span(table[at + _LANE], 1)[0],
         _engine_span(table[at + _TEMPLATE], 1)[0],
         _drawn_span(table[at + _POOL], n),
+        _brief_span(table[at + _BRIEF], 2 * MOST_SLOTS),
         _f4_span(table[at + _OBSERVATION], table[at + _OBSERVATION_SIZE]),
         _f4_span(table[at + _FINAL], table[at + _OBSERVATION_SIZE]),
         _f4_span(table[at + _SCALES], 2 * table[at + _OBSERVATION_SIZE]),
@@ -248,13 +285,27 @@ def env_at(table, lane: int) -> Env:  # type: ignore[no-untyped-def]
     )
 
 
+def _arena(sizes: dict[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> dict[str, NDArray[Any]]:
+    """Zeroed arrays in one piece of memory, which the system backs with large pages if it is large itself."""
+    length = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in sizes.items()}
+    raw = np.empty(sum(-(-size // 64) * 64 for size in length.values()) + 64, np.uint8)
+    raw.fill(0)
+    at = -raw.ctypes.data % 64
+    arrays: dict[str, NDArray[Any]] = {}
+    for name, (shape, dtype) in sizes.items():
+        arrays[name] = raw[at : at + length[name]].view(dtype).reshape(shape)
+        at += -(-length[name] // 64) * 64
+    return arrays
+
+
 class Bank:
     """The memory of `num_envs` environments with `num_requests` requests an episode, and its addresses.
 
     Attributes:
-        s, lane: (E,) engine and LANE records. req: (E, N) REQUEST records. lists: (E, 6, N) int32.
+        s, lane: (E,) engine and LANE records. req: (E, N) REQUEST records. lists: (E, 6, N) int32. bits: (E, N / 64) int64.
         template: (1,) engine record. cost: the packed cost model. scales: (2, D) float32.
         pool: (E, N) DRAWN records.
+        brief: (E, 2 MOST_SLOTS) BRIEF records.
         observation, final: (E, D) float32. mask: (E, A) int8.
         table: (E, COLUMNS) int64, to be passed to compiled code.
     """
@@ -275,15 +326,21 @@ class Bank:
         self.cost = cost
         self.scales = scales
         observation_size = scales.shape[1]
-        self.s = np.zeros(num_envs, ENGINE)
-        self.lane = np.zeros(num_envs, LANE)
-        self.req = aligned_zeros(num_envs * n, REQUEST).reshape(num_envs, n)
-        self.lists = np.zeros((num_envs, 6, n), np.int32)
-        self.work = np.zeros((num_envs, n))
-        self.pool = np.zeros((num_envs, n), DRAWN)
-        self.observation = np.zeros((num_envs, observation_size), np.float32)
-        self.final = np.zeros((num_envs, observation_size), np.float32)
-        self.mask = np.zeros((num_envs, mask_size), np.int8)
+        sizes = {
+            "s": ((num_envs,), ENGINE),
+            "lane": ((num_envs,), LANE),
+            "req": ((num_envs, n), REQUEST),
+            "observation": ((num_envs, observation_size), np.dtype(np.float32)),
+            "mask": ((num_envs, mask_size), np.dtype(np.int8)),
+            "brief": ((num_envs, 2 * MOST_SLOTS), BRIEF),
+            "bits": ((num_envs, -(-n // 64)), np.dtype(np.int64)),
+            "lists": ((num_envs, 6, n), np.dtype(np.int32)),
+            "pool": ((num_envs, n), DRAWN),
+            "final": ((num_envs, observation_size), np.dtype(np.float32)),
+            "work": ((num_envs, n), np.dtype(np.float64)),
+        }
+        for name, array in _arena(sizes).items():
+            setattr(self, name, array)
         self.log = Log(
             np.zeros(log_rows, ITERATION),
             np.zeros(8 * n if log_rows else 0, np.int32),
@@ -305,9 +362,11 @@ class Bank:
             (_ENGINE, self.s),
             (_REQUESTS, self.req),
             (_LISTS, self.lists),
+            (_BITS, self.bits),
             (_WORK, self.work),
             (_LANE, self.lane),
             (_POOL, self.pool),
+            (_BRIEF, self.brief),
             (_OBSERVATION, self.observation),
             (_FINAL, self.final),
             (_MASK, self.mask),
@@ -326,6 +385,7 @@ class Bank:
             put(column, array, shared=True)
         for column, value in (
             (_NUM_REQUESTS, self.num_requests),
+            (_NUM_WORDS, self.bits.shape[1]),
             (_NUM_COST, len(self.cost)),
             (_OBSERVATION_SIZE, self.observation.shape[1]),
             (_MASK_SIZE, self.mask.shape[1]),

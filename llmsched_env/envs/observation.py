@@ -14,6 +14,8 @@ from llmsched_env.core import queue
 from llmsched_env.core.compile import njit
 from llmsched_env.core.cost import batch_time
 from llmsched_env.core.engine import iteration_time
+from llmsched_env.core.facts import blocks_for, hold_tokens
+from llmsched_env.core.span import copy_record
 from llmsched_env.envs.lane import MOST_CLASSES, Env
 
 
@@ -36,7 +38,7 @@ class RunningOrder(enum.IntEnum):
 
 
 # Each feature is x / (a |x| + b) of a raw number x: with a = 0 a share of b, with a = 1 a number that is one
-# half at b and below 1 for ever. What stands in place of b is looked up when an environment is made (`scales`).
+# half at b and below 1 for ever. Names in place of b are looked up when an environment is made (`scales`).
 GLOBAL_FEATURES: dict[str, tuple[float, float | str]] = {
     "kv_used": (0, "kv_blocks"),  # KV blocks in use, those of the plan included
     "budget_left": (0, "token_budget"),  # tokens that the plan leaves
@@ -75,6 +77,7 @@ SLOT_FEATURES: dict[str, tuple[float, float | str]] = {
 }
 NUM_GLOBAL, NUM_SLOT = len(GLOBAL_FEATURES), len(SLOT_FEATURES)
 SLACK = list(SLOT_FEATURES).index("slack")  # the one feature that may be negative
+TIMES, ALL = 1, 2  # of the visible requests, only what time changes has to be written anew, or everything
 _ENDLESS = 1e30  # the slack of a request without target
 
 
@@ -91,24 +94,71 @@ _OLDEST, _NEWEST, _SHORTEST, _LONGEST = (int(x) for x in RunningOrder)
 
 # ---------------------------------------------------------------------- who is visible
 
+# Records of requests lie far apart, and hundreds of environments do not fit into the caches. So what the mask
+# and the observation ask of the visible requests is kept together: in arrays of the lane, and, as far as it
+# does not change while a request keeps its place, in `brief`.
+
 
 @njit
 def find_waiting(env: Env) -> None:
-    """The first waiting requests in queue order, but for those preempted in this plan, which cannot be admitted
+    """The first waiting requests in queue order, except those preempted in this plan: they cannot be admitted
     in it."""
     e, v = env.e, env.v
     n = 0
     r = queue.first(e)
     while r >= 0 and n < v.waiting_slots:
         if e.req[r].evicted_at != e.s.iterations:
-            v.wait[n] = r
+            _put_waiting(env, n, r)
             n += 1
         r = queue.following(e, r)
     v.num_wait = n
-    v.stale = 0
+    v.stale_wait = 0
+    v.see_wait = ALL
 
 
-@njit
+@njit(forceinline=True)
+def _put_waiting(env: Env, k: int, r: int) -> None:
+    e, v = env.e, env.v
+    q = e.req[r]
+    hold = hold_tokens(e, q, e.s.hold)
+    v.wait[k] = r
+    v.wait_rest[k] = q.prompt + q.generated
+    v.wait_hold[k] = blocks_for(e, hold) if hold > 0 else 0
+    _sum_up(env, k, q)
+
+
+@njit(forceinline=True)
+def _sum_up(env: Env, slot: int, q) -> None:  # type: ignore[no-untyped-def]
+    """What of the request in this slot (the running ones count on) stays as it is while it keeps its place."""
+    v, b = env.v, env.brief[slot]
+    b.arrival = q.arrival
+    b.first_due = q.arrival + q.ttft_target
+    b.tpot = q.tpot_target
+    if v.length_info == _NONE:
+        b.length = 0.0
+    elif v.length_info == _ORACLE:
+        b.length = np.float64(q.stop)
+    elif v.length_info == _PREDICTED:
+        b.length = q.predicted
+    else:
+        b.length = v.class_means[min(q.class_id, MOST_CLASSES - 1)]
+    b.class_id = q.class_id
+    b.preemptions = q.preemptions
+    b.generated = q.generated
+    b.due = b.first_due if q.generated == 0 else q.first_token + q.generated * q.tpot_target
+
+
+@njit(forceinline=True)
+def _move(env: Env, to: int, slot: int) -> None:
+    """Move the visible request in `slot` to another slot, with its row of the observation."""
+    out = env.observation
+    copy_record(env.brief[to], env.brief[slot])
+    at, source = NUM_GLOBAL + to * NUM_SLOT, NUM_GLOBAL + slot * NUM_SLOT
+    for i in range(NUM_SLOT):
+        out[at + i] = out[source + i]
+
+
+@njit(forceinline=True)
 def drop_waiting(env: Env, slot: int) -> None:
     """The request in this slot is about to be admitted: the others move up, and the next becomes visible."""
     e, v = env.e, env.v
@@ -120,10 +170,15 @@ def drop_waiting(env: Env, slot: int) -> None:
             after = queue.following(e, after)
     for k in range(slot, last):
         v.wait[k] = v.wait[k + 1]
+        v.wait_rest[k] = v.wait_rest[k + 1]
+        v.wait_hold[k] = v.wait_hold[k + 1]
+        _move(env, k, k + 1)
     if after >= 0:
-        v.wait[last] = after
+        _put_waiting(env, last, after)
+        _write_waiting(env, last)
     else:
         v.num_wait = last
+        _write_nobody(env, last, 1)
 
 
 @njit
@@ -132,62 +187,154 @@ def find_running(env: Env) -> None:
     e, v = env.e, env.v
     n = e.s.num_running
     seen = min(n, v.running_slots)
+    before = v.num_run
     v.num_run = seen
-    if v.running_order == _OLDEST:
-        for k in range(seen):
-            v.run[k] = e.running[k]
-    elif v.running_order == _NEWEST:
-        for k in range(seen):
-            v.run[k] = e.running[n - 1 - k]
-    else:
-        sign = 1 if v.running_order == _SHORTEST else -1
-        have = 0
-        for k in range(n):
+    if v.running_order == _SHORTEST or v.running_order == _LONGEST:
+        _find_by_length(env)
+        before = 0
+    for k in range(seen):
+        if v.running_order == _OLDEST:
             r = e.running[k]
-            key = sign * e.req[r].computed
-            if have < seen:
-                at = have
-                have += 1
-            elif key < sign * e.req[v.run[seen - 1]].computed:
-                at = seen - 1
-            else:
-                continue
-            while at > 0 and sign * e.req[v.run[at - 1]].computed > key:
-                v.run[at] = v.run[at - 1]
-                at -= 1
-            v.run[at] = r
+        elif v.running_order == _NEWEST:
+            r = e.running[n - 1 - k]
+        else:
+            r = v.run[k]
+        if k >= before or v.run[k] != r:
+            v.run[k] = r
+            _sum_up(env, v.waiting_slots + k, e.req[r])
+        _ask_running(env, k)
+    v.stale_run = 0
+    v.see_run = ALL
+
+
+@njit(forceinline=True)
+def _ask_running(env: Env, k: int) -> None:
+    """What the mask asks of the request in running slot k."""
+    e, v = env.e, env.v
+    q = e.req[v.run[k]]
+    rest = q.target - q.computed
+    v.run_rest[k] = rest if q.granted == 0 else 0
+    v.run_room[k] = q.blocks * e.s.block_size - q.computed
+    v.run_fixed[k] = 1 if q.granted > 0 and rest > 0 else 0
+
+
+@njit
+def _find_by_length(env: Env) -> None:
+    """The running requests with the fewest, or most, KVs."""
+    e, v = env.e, env.v
+    sign = 1 if v.running_order == _SHORTEST else -1
+    have = 0
+    for k in range(e.s.num_running):
+        r = e.running[k]
+        key = sign * e.req[r].computed
+        if have < v.num_run:
+            at = have
+            have += 1
+        elif key < sign * e.req[v.run[have - 1]].computed:
+            at = have - 1
+        else:
+            continue
+        while at > 0 and sign * e.req[v.run[at - 1]].computed > key:
+            v.run[at] = v.run[at - 1]
+            at -= 1
+        v.run[at] = r
+
+
+@njit(forceinline=True)
+def running_joined(env: Env) -> None:
+    """A request was admitted, and of the running ones nothing else has changed."""
+    e, v = env.e, env.v
+    n = e.s.num_running
+    if v.stale_run or v.running_order > _NEWEST:
+        find_running(env)
+        return
+    seen = min(n, v.running_slots)
+    k = 0
+    if v.running_order == _NEWEST:
+        for j in range(seen - 1, 0, -1):
+            _shift_running(env, j, j - 1)
+    else:
+        k = n - 1
+        if k >= seen:
+            return
+    v.num_run = seen
+    v.run[k] = e.running[n - 1]
+    _sum_up(env, v.waiting_slots + k, e.req[v.run[k]])
+    _ask_running(env, k)
+    _write_running(env, k)
+
+
+@njit(forceinline=True)
+def _shift_running(env: Env, to: int, k: int) -> None:
+    v = env.v
+    v.run[to] = v.run[k]
+    v.run_rest[to] = v.run_rest[k]
+    v.run_room[to] = v.run_room[k]
+    v.run_fixed[to] = v.run_fixed[k]
+    _move(env, v.waiting_slots + to, v.waiting_slots + k)
+
+
+@njit(forceinline=True)
+def running_changed(env: Env, slot: int) -> None:
+    """The request in this slot got tokens, and of the running ones nothing else has changed."""
+    _ask_running(env, slot)
+    _write_running(env, slot)
+
+
+@njit(forceinline=True)
+def running_left(env: Env, slot: int) -> None:
+    """The request in this slot was preempted, and of the running ones nothing else has changed."""
+    v = env.v
+    n = env.e.s.num_running
+    if v.stale_run or v.running_order > _NEWEST or n >= v.running_slots:
+        find_running(env)
+        return
+    for k in range(slot, n):
+        _shift_running(env, k, k + 1)
+    v.num_run = n
+    _write_nobody(env, v.waiting_slots + n, 1)
 
 
 # ---------------------------------------------------------------------- what is seen of them
 
 
-@njit
+@njit(forceinline=True)
 def observe(env: Env) -> None:
-    """Write all features into `observation`; the visible requests have been found."""
+    """Bring `observation` up to date; the visible requests have been found."""
     v = env.v
+    if v.see_wait == ALL:
+        for k in range(v.num_wait):
+            _write_waiting(env, k)
+        _write_nobody(env, v.num_wait, v.waiting_slots - v.num_wait)
+    elif v.see_wait == TIMES:
+        for k in range(v.num_wait):
+            _write_times(env, k, env.brief[k].due)
+    v.see_wait = 0
+    if v.see_run:
+        for k in range(v.num_run):
+            _write_running(env, k)
+        _write_nobody(env, v.waiting_slots + v.num_run, v.running_slots - v.num_run)
+        v.see_run = 0
     _see_engine(env)
-    at = NUM_GLOBAL
-    at = _see_requests(env, v.wait, v.num_wait, v.waiting_slots, at)
-    _see_requests(env, v.run, v.num_run, v.running_slots, at)
-    out, n = env.observation, len(env.observation)
-    for i in range(n):
-        x = out[i]
-        out[i] = x / (env.scales[i] * abs(x) + env.scales[n + i])
 
 
 @njit(forceinline=True)
-def _see_requests(env: Env, slots, seen: int, all_slots: int, at: int) -> int:  # type: ignore[no-untyped-def]
-    for k in range(seen):
-        _see_request(env, slots[k], at)
-        at += NUM_SLOT
-    for i in range(at, at + (all_slots - seen) * NUM_SLOT):
+def _write_nobody(env: Env, slot: int, slots: int) -> None:
+    at = NUM_GLOBAL + slot * NUM_SLOT
+    for i in range(at, at + slots * NUM_SLOT):
         env.observation[i] = 0.0
-    return at + (all_slots - seen) * NUM_SLOT
 
 
-@njit
+@njit(forceinline=True)
+def _put(out, scales, i: int, raw: float) -> None:  # type: ignore[no-untyped-def]
+    """Write feature i, normalised. (One by one: reading back what was just written as a vector would stall.)"""
+    x = np.float32(raw)
+    out[i] = x / (scales[i] * abs(x) + scales[len(out) + i])
+
+
+@njit(forceinline=True)
 def _see_engine(env: Env) -> None:
-    e, v, out = env.e, env.v, env.observation
+    e, v, out, scales = env.e, env.v, env.observation, env.scales
     s = e.s
     hidden_kv = 0
     if s.num_running > v.num_run:
@@ -196,69 +343,79 @@ def _see_engine(env: Env) -> None:
             hidden_kv -= e.req[v.run[k]].blocks
     tokens = 0
     for k in range(v.num_wait):
-        q = e.req[v.wait[k]]
-        tokens += q.prompt + q.generated
-    out[0] = s.kv_blocks - s.free
-    out[1] = max(0, s.budget)
-    out[2] = s.num_running
-    out[3] = s.num_waiting
-    out[4] = tokens
-    out[5] = s.num_running
-    out[6] = s.num_waiting - v.num_wait
-    out[7] = s.num_running - v.num_run
-    out[8] = hidden_kv
-    out[9] = s.prefill_tokens
-    out[10] = s.decodes
-    out[11] = s.prefill_requests
-    out[12] = iteration_time(e)
-    out[13] = v.held
-    out[14] = 1.0 if v.phase == 0 else 0.0
-    out[15] = s.num_victims
-    out[16] = v.time_scale * v.arrival_rate
-    out[17] = v.time_scale * v.departure_rate
-    out[18] = v.iteration_time
-    out[19] = s.clock
+        tokens += v.wait_rest[k]
+    _put(out, scales, 0, s.kv_blocks - s.free)
+    _put(out, scales, 1, max(0, s.budget))
+    _put(out, scales, 2, s.num_running)
+    _put(out, scales, 3, s.num_waiting)
+    _put(out, scales, 4, tokens)
+    _put(out, scales, 5, s.num_running)
+    _put(out, scales, 6, s.num_waiting - v.num_wait)
+    _put(out, scales, 7, s.num_running - v.num_run)
+    _put(out, scales, 8, hidden_kv)
+    _put(out, scales, 9, s.prefill_tokens)
+    _put(out, scales, 10, s.decodes)
+    _put(out, scales, 11, s.prefill_requests)
+    _put(out, scales, 12, iteration_time(e))
+    _put(out, scales, 13, v.held)
+    _put(out, scales, 14, 1.0 if v.phase == 0 else 0.0)
+    _put(out, scales, 15, s.num_victims)
+    _put(out, scales, 16, v.time_scale * v.arrival_rate)
+    _put(out, scales, 17, v.time_scale * v.departure_rate)
+    _put(out, scales, 18, v.iteration_time)
+    _put(out, scales, 19, s.clock)
 
 
 @njit(forceinline=True)
-def _see_request(env: Env, r: int, at: int) -> None:
-    e, out = env.e, env.observation
-    s, q = e.s, e.req[r]
+def _write_times(env: Env, slot: int, due: float) -> None:
+    out, scales, now = env.observation, env.scales, env.e.s.clock
+    at = NUM_GLOBAL + slot * NUM_SLOT
+    _put(out, scales, at + 5, now - env.brief[slot].arrival)
+    _put(out, scales, at + 6, min(due - now, _ENDLESS))
+
+
+@njit(forceinline=True)
+def _write_waiting(env: Env, k: int) -> None:
+    """Write the row of waiting slot k."""
+    out, scales, b = env.observation, env.scales, env.brief[k]
+    at = NUM_GLOBAL + k * NUM_SLOT
     out[at] = 1.0
-    out[at + 1] = max(0, q.target - q.computed) if q.blocks > 0 else q.prompt + q.generated
-    out[at + 2] = q.computed
-    out[at + 3] = q.generated
-    out[at + 4] = _expected(env, q)
-    out[at + 5] = s.clock - q.arrival
-    out[at + 6] = _slack(env, q)
-    out[at + 7] = q.class_id
-    out[at + 8] = q.preemptions
+    _put(out, scales, at + 1, env.v.wait_rest[k])
+    out[at + 2] = 0.0
+    _put(out, scales, at + 3, b.generated)
+    _put(out, scales, at + 4, max(1.0, b.length - b.generated) if b.length > 0.0 else 0.0)
+    _write_times(env, k, b.due)
+    _put(out, scales, at + 7, b.class_id)
+    _put(out, scales, at + 8, b.preemptions)
+    out[at + 9] = out[at + 10] = out[at + 11] = 0.0
+
+
+@njit(forceinline=True)
+def _write_running(env: Env, k: int) -> None:
+    """Write the row of running slot k."""
+    slot = env.v.waiting_slots + k
+    _write_row(env.e.req[env.v.run[k]], env.brief[slot], env.e.cost, env.observation, env.scales, slot)
+    q, b = env.e.req[env.v.run[k]], env.brief[slot]
+    _write_times(env, slot, b.first_due if q.generated == 0 else q.first_token + q.generated * b.tpot)
+
+
+@njit
+def _write_row(q, b, cost, out, scales, slot: int) -> None:  # type: ignore[no-untyped-def]
+    """All of a running request's row but the times."""
+    at = NUM_GLOBAL + slot * NUM_SLOT
+    out[at] = 1.0
+    _put(out, scales, at + 1, max(0, q.target - q.computed))
+    _put(out, scales, at + 2, q.computed)
+    _put(out, scales, at + 3, q.generated)
+    _put(out, scales, at + 4, max(1.0, b.length - q.generated) if b.length > 0.0 else 0.0)
+    _put(out, scales, at + 7, b.class_id)
+    _put(out, scales, at + 8, b.preemptions)
     have = np.float64(q.computed)
-    out[at + 9] = batch_time(e.cost, have, 1.0, 0.5 * have * have, 0.0, 0.0, 0.0) if have > 0.0 else 0.0
-    out[at + 10] = q.granted
-    out[at + 11] = q.blocks
-
-
-@njit(forceinline=True)
-def _expected(env: Env, q) -> float:  # type: ignore[no-untyped-def]
-    """Output tokens still expected, at least 1; 0 if nothing is known."""
-    v = env.v
-    if v.length_info == _NONE:
-        return 0.0
-    if v.length_info == _ORACLE:
-        length = np.float64(q.stop)
-    elif v.length_info == _PREDICTED:
-        length = q.predicted
-    else:
-        length = v.class_means[min(q.class_id, MOST_CLASSES - 1)]
-    return max(1.0, length - q.generated)
-
-
-@njit(forceinline=True)
-def _slack(env: Env, q) -> float:  # type: ignore[no-untyped-def]
-    """Seconds left until the next token is due."""
-    if q.generated == 0:
-        due = q.arrival + q.ttft_target
-    else:
-        due = q.first_token + q.generated * q.tpot_target
-    return min(due - env.e.s.clock, _ENDLESS)
+    _put(
+        out,
+        scales,
+        at + 9,
+        batch_time(cost, have, 1.0, 0.5 * have * have, 0.0, 0.0, 0.0) if have > 0.0 else 0.0,
+    )
+    _put(out, scales, at + 10, q.granted)
+    _put(out, scales, at + 11, q.blocks)
