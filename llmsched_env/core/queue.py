@@ -6,8 +6,8 @@ that fits into a number of free blocks all take O(log n) expected, whatever the 
 no slower to serve than one of ten. The shape depends on the requests' indices alone: the same requests give
 the same queue on any machine.
 
-Where the order never changes and searches for a fit are rare (`s.ranked`), a set of bits does instead, one for
-each place in the order: less to read and write, which counts where hundreds of engines are advanced in turn.
+Where the order never changes and searches for a fit are rare (`s.ranked`), a set of bits does instead, one
+for each place in the order: less to read and write, which counts where hundreds of engines take turns.
 """
 
 from __future__ import annotations

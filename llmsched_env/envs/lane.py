@@ -47,6 +47,7 @@ DRAWN = np.dtype(
         ("priority", "i4"),
         ("client", "i4"),
         ("class_id", "i4"),
+        ("rank", "i4"),  # place in the order of the waiting queue
     ],
     align=True,
 )
@@ -302,13 +303,26 @@ class Bank:
     """The memory of `num_envs` environments with `num_requests` requests an episode, and its addresses.
 
     Attributes:
-        s, lane: (E,) engine and LANE records. req: (E, N) REQUEST records. lists: (E, 6, N) int32. bits: (E, N / 64) int64.
+        s, lane: (E,) engine and LANE records. req: (E, N) REQUEST records. lists: (E, 6, N) int32.
+        bits: (E, N / 64) int64.
         template: (1,) engine record. cost: the packed cost model. scales: (2, D) float32.
         pool: (E, N) DRAWN records.
         brief: (E, 2 MOST_SLOTS) BRIEF records.
         observation, final: (E, D) float32. mask: (E, A) int8.
         table: (E, COLUMNS) int64, to be passed to compiled code.
     """
+
+    s: NDArray[Any]
+    lane: NDArray[Any]
+    req: NDArray[Any]
+    lists: NDArray[Any]
+    bits: NDArray[Any]
+    work: NDArray[Any]
+    pool: NDArray[Any]
+    brief: NDArray[Any]
+    observation: NDArray[Any]
+    final: NDArray[Any]
+    mask: NDArray[Any]
 
     def __init__(
         self,
