@@ -6,8 +6,8 @@ that fits into a number of free blocks all take O(log n) expected, whatever the 
 no slower to serve than one of ten. The shape depends on the requests' indices alone: the same requests give
 the same queue on any machine.
 
-Where the order never changes and searches for a fit are rare (`s.ranked`), a set of bits does instead, one
-for each place in the order: less to read and write, which counts where hundreds of engines take turns.
+Where the order is that of arrival and searches for a fit are rare (`s.by_arrival`), a set of bits does
+instead, one for each request: less to read and write, which counts where hundreds of engines take turns.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _rotate_up(e: Engine, i: int) -> None:
 def insert(e: Engine, i: int) -> None:
     """Put request i into the queue by its `key` and `order`, with its `need`."""
     req, s = e.req, e.s
-    if s.ranked:
+    if s.by_arrival:
         _set(e, i)
         return
     node = req[i]
@@ -136,8 +136,8 @@ def _descend(req, i: int, at: int) -> int:  # type: ignore[no-untyped-def]
 def following(e: Engine, i: int) -> int:
     """The request after i in the queue, -1 if i is the last."""
     req = e.req
-    if e.s.ranked:
-        return _at_or_after(e, _place(e, i) + 1)
+    if e.s.by_arrival:
+        return _at_or_after(e, i + 1)
     if req[i].right >= 0:
         at = req[i].right
         while req[at].left >= 0:
@@ -168,7 +168,7 @@ def preceding(e: Engine, i: int) -> int:
 def remove(e: Engine, i: int) -> None:
     """Take request i out of the queue."""
     req, s = e.req, e.s
-    if s.ranked:
+    if s.by_arrival:
         _clear(e, i)
         return
     node = req[i]
@@ -201,7 +201,7 @@ def remove(e: Engine, i: int) -> None:
 def first(e: Engine) -> int:
     """The request at the head of the queue, -1 if it is empty."""
     s = e.s
-    if s.ranked:
+    if s.by_arrival:
         return _at_or_after(e, s.head) if s.num_waiting > 0 else -1
     return s.head if s.root >= 0 else -1
 
@@ -222,7 +222,7 @@ def _first_fit_below(req, at: int, free: int) -> int:  # type: ignore[no-untyped
 @njit
 def first_fit(e: Engine, free: int) -> int:
     """The first request in the queue that needs at most `free` blocks, -1 if there is none."""
-    if e.s.ranked:
+    if e.s.by_arrival:
         return _fit_from(e, first(e), free)
     root = e.s.root
     if root < 0 or e.req[root].least > free:
@@ -234,7 +234,7 @@ def first_fit(e: Engine, free: int) -> int:
 def following_fit(e: Engine, i: int, free: int) -> int:
     """The first request after i in the queue that needs at most `free` blocks, -1 if there is none."""
     req = e.req
-    if e.s.ranked:
+    if e.s.by_arrival:
         return _fit_from(e, following(e, i), free)
     at = i
     while True:
@@ -251,49 +251,42 @@ def following_fit(e: Engine, i: int, free: int) -> int:
 # ---------------------------------------------------------------------- as a set of bits
 
 
-@njit(forceinline=True)
-def _place(e: Engine, i: int) -> int:
-    """The place of request i in the order, which is that of arrival unless `swapped` holds another."""
-    return i if e.s.ranked == 1 else e.req[i].rank
-
-
 @njit
 def _set(e: Engine, i: int) -> None:
-    s, place = e.s, _place(e, i)
-    if s.num_waiting == 0 or place < s.head:
-        s.head = place
-    e.bits[place >> 6] |= np.int64(1) << (place & 63)
+    s = e.s
+    if s.num_waiting == 0 or i < s.head:
+        s.head = i
+    e.bits[i >> 6] |= np.int64(1) << (i & 63)
     s.num_waiting += 1
 
 
 @njit
 def _clear(e: Engine, i: int) -> None:
-    s, place = e.s, _place(e, i)
-    e.bits[place >> 6] &= ~(np.int64(1) << (place & 63))
+    s = e.s
+    e.bits[i >> 6] &= ~(np.int64(1) << (i & 63))
     s.num_waiting -= 1
-    if s.head == place:
-        s.head = place + 1  # or later
+    if s.head == i:
+        s.head = i + 1  # or later
 
 
 @njit
-def _at_or_after(e: Engine, place: int) -> int:
-    """The first request at this place in the order or behind it, -1 if there is none."""
-    word = place >> 6
+def _at_or_after(e: Engine, i: int) -> int:
+    """The first request in the queue from i on, -1 if there is none."""
+    word = i >> 6
     if word >= len(e.bits):
         return -1
-    left = e.bits[word] & (np.int64(-1) << (place & 63))
+    left = e.bits[word] & (np.int64(-1) << (i & 63))
     while left == 0:
         word += 1
         if word >= len(e.bits):
             return -1
         left = e.bits[word]
-    found = (word << 6) + trailing_zeros(left)
-    return found if e.s.ranked == 1 else e.swapped[found]
+    return (word << 6) + trailing_zeros(left)
 
 
 @njit
 def _fit_from(e: Engine, i: int, free: int) -> int:
     """The first request from i on that needs at most `free` blocks, -1 if there is none."""
     while i >= 0 and e.req[i].need > free:
-        i = _at_or_after(e, _place(e, i) + 1)
+        i = _at_or_after(e, i + 1)
     return i

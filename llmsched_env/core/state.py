@@ -194,8 +194,7 @@ _ENGINE: list[tuple[Any, ...]] = [
     ("root", "i8"),  # of the waiting queue, -1: empty
     ("head", "i8"),  # the first and the last of the waiting queue, unless that is empty
     ("tail", "i8"),
-    # the queue is a set of bits by place in the order: 1: of arrival; 2: by `rank`, and `swapped` its inverse
-    ("ranked", "i8"),
+    ("by_arrival", "i8"),  # whether the queue is a set of bits, in order of arrival
     ("queue_front", "i8"),
     ("queue_back", "i8"),
     ("random", "u8"),  # state of the engine's own generator

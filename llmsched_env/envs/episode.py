@@ -46,9 +46,6 @@ def load(env: Env) -> None:
         q.evicted_at = -1
         q.predicted, q.ttft_target, q.tpot_target = d.predicted, d.ttft_target, d.tpot_target
         q.rank = r
-        if e.s.ranked == 2:
-            q.rank = d.rank
-            e.swapped[d.rank] = r
         q.priority, q.client, q.class_id = d.priority, d.client, d.class_id
         q.recomputed = 0
         q.preemptions = q.swaps = q.evicted_rest = q.cpu_blocks = q.level = q.count = 0

@@ -47,7 +47,6 @@ DRAWN = np.dtype(
         ("priority", "i4"),
         ("client", "i4"),
         ("class_id", "i4"),
-        ("rank", "i4"),  # place in the order of the waiting queue
     ],
     align=True,
 )

@@ -129,7 +129,7 @@ def _put_waiting(env: Env, k: int, r: int) -> None:
 
 @njit(forceinline=True)
 def _sum_up(env: Env, slot: int, q) -> None:  # type: ignore[no-untyped-def]
-    """What stays as it is while the request keeps this slot (running slots count on from the waiting ones)."""
+    """What stays as it is while the request keeps this slot; running slots count on from the waiting ones."""
     v, b = env.v, env.brief[slot]
     b.arrival = q.arrival
     b.first_due = q.arrival + q.ttft_target
@@ -327,7 +327,7 @@ def _write_nobody(env: Env, slot: int, slots: int) -> None:
 
 @njit(forceinline=True)
 def _put(out, scales, i: int, raw: float) -> None:  # type: ignore[no-untyped-def]
-    """Write feature i, normalised; one by one, since reading back as a vector what was just written stalls."""
+    """Write feature i, normalised; one by one: reading back as a vector what was just written stalls."""
     x = np.float32(raw)
     out[i] = x / (scales[i] * abs(x) + scales[len(out) + i])
 
