@@ -69,18 +69,24 @@ def _complain(message: str) -> int:
 @app.command("list")
 def list_(
     what: Annotated[
-        str | None, typer.Argument(help="schedulers, workloads or profiles; all when left out")
+        str | None, typer.Argument(help="schedulers, workloads, profiles or scenarios; all when left out")
     ] = None,
 ) -> None:
     """List what there is by name."""
     from llmsched_env.errors import unknown
 
-    kinds = {"schedulers": _schedulers, "workloads": _workloads, "profiles": _profiles}
+    kinds = {
+        "schedulers": _schedulers,
+        "workloads": _workloads,
+        "profiles": _profiles,
+        "scenarios": _scenarios,
+    }
     if what is not None and what not in kinds:
         raise unknown("list", what, kinds)
     for kind, rows in kinds.items():
         if what in (None, kind):
-            _print_table(kind, ("name", "what it is"), rows())
+            columns = ("requests", "load", "profile") if kind == "scenarios" else ()
+            _print_table(kind, ("name", *columns, "what it is"), rows())
 
 
 def _schedulers() -> Iterator[tuple[str, ...]]:
@@ -103,6 +109,20 @@ def _profiles() -> Iterator[tuple[str, ...]]:
     for name in profiles.names():
         profile = profiles.get(name)
         yield name, f"{profile.form}: {profile.model} on {profile.gpus} x {profile.gpu}"
+
+
+def _scenarios() -> Iterator[tuple[str, ...]]:
+    from llmsched_env import scenarios
+
+    for name in scenarios.names():
+        scenario = scenarios.get(name)
+        profile = scenario.profile if isinstance(scenario.profile, str) else scenario.profile.name
+        if scenario.workload.load is not None:
+            load = f"{scenario.workload.load:g}"
+        else:
+            rate = scenario.workload.rate_rps()
+            load = f"{rate:.3g}/s" if math.isfinite(rate) else "at once"
+        yield name, str(scenario.num_requests), load, profile, scenario.summary
 
 
 # -- profiles

@@ -22,15 +22,16 @@ from llmsched_env.workloads import arrivals as _arrivals
 from llmsched_env.workloads import predictions as _predictions
 from llmsched_env.workloads import traces
 from llmsched_env.workloads.arrivals import Arrivals
-from llmsched_env.workloads.lengths import Cells, Clip, Fixed, Lengths, Moments, Rank, Table
+from llmsched_env.workloads.lengths import Cells, Fixed, Lengths, Moments, Rank, Table
 from llmsched_env.workloads.predictions import Declared, Prediction
-from llmsched_env.workloads.workload import Replay, RequestClass, Synthetic, Workload, at_rate
+from llmsched_env.workloads.workload import Replay, RequestClass, Shuffled, Synthetic, Workload, at_rate
 
 __all__ = [
     "Lengths",
     "Moments",
     "Replay",
     "RequestClass",
+    "Shuffled",
     "Synthetic",
     "Workload",
     "at_rate",
@@ -113,24 +114,21 @@ def get(
         options = [*(get.__kwdefaults__ or {})]
         raise unknown("workload option", next(iter(other)), options)
     source = _source(name)
-    asked = {"ttft_target_s": ttft_target_s, "tpot_target_s": tpot_target_s}
-    targets: dict[str, Any] = {k: v for k, v in asked.items() if v is not None}
-    for key, value in targets.items():
-        if not value > 0:
-            raise InputError(f"{key} must be a positive number of seconds, not {value!r}")
-    process = source.arrivals if arrivals is None and cv is None else _process(arrivals, cv)
-    return Synthetic(
-        name=name,
-        classes=tuple(dataclasses.replace(c, **targets) for c in source.classes),
+    made = Synthetic(name, source.classes, arrivals=source.arrivals, own_rate=source.rate)
+    return made.replace(
         num_requests=num_requests,
-        arrivals=process,
         load=load,
         rate=rate,
-        own_rate=source.rate,
-        prediction=_predictions.get(prediction),
-        declared=_predictions.get_declared(declared),
-        clip=Clip(max_prompt, max_output, max_total),
         seed=seed,
+        arrivals=arrivals,
+        cv=cv,
+        prediction=prediction,
+        declared=declared,
+        max_prompt=max_prompt,
+        max_output=max_output,
+        max_total=max_total,
+        ttft_target_s=ttft_target_s,
+        tpot_target_s=tpot_target_s,
     )
 
 
@@ -192,14 +190,6 @@ def register(
     process = _arrivals.get(arrivals)
     Synthetic(name, kinds, arrivals=process)  # complains of what it cannot draw from
     _registered[name] = _Source(summary or f"registered; {len(kinds)} class(es)", kinds, process, rate)
-
-
-def _process(arrivals: str | Arrivals | None, cv: float | None) -> Arrivals:
-    if cv is None:
-        return _arrivals.get(arrivals or "poisson")
-    if arrivals not in (None, "gamma", "weibull"):
-        raise InputError(f"cv={cv:g} goes with arrivals 'gamma' or 'weibull', not with {arrivals!r}")
-    return _arrivals.get(str(arrivals or "gamma"), cv=cv)
 
 
 def _source(name: str) -> _Source:

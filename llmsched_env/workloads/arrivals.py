@@ -62,6 +62,8 @@ class Gamma:
 
     def __post_init__(self) -> None:
         _positive("gamma", "cv", self.cv)
+        if not 0.001 <= self.cv <= 1000:
+            raise InputError(f"gamma: cv {self.cv:g} is out of range; take 0.001 to 1000")
 
     def unit_times(self, n: int, rng: np.random.Generator) -> Times:
         shape = self.cv**-2
@@ -245,7 +247,7 @@ class Profile:
         return done, np.concatenate(([0.0], np.cumsum(widths))), widths
 
 
-_NAMED: dict[str, Callable[..., Arrivals]] = {
+KNOWN: dict[str, Callable[..., Arrivals]] = {
     "at-once": AtOnce,
     "deterministic": Deterministic,
     "poisson": Poisson,
@@ -259,7 +261,7 @@ _NAMED: dict[str, Callable[..., Arrivals]] = {
 
 def names() -> list[str]:
     """The arrival processes that can be asked for by name."""
-    return sorted(_NAMED)
+    return sorted(KNOWN)
 
 
 def get(spec: str | Arrivals, **settings: Any) -> Arrivals:
@@ -274,8 +276,10 @@ def get(spec: str | Arrivals, **settings: Any) -> Arrivals:
             raise InputError(
                 f"arrivals: settings {', '.join(settings)} go with a name; put them in the object"
             )
+        if not isinstance(spec, Arrivals):
+            raise InputError(f"arrivals {spec!r} is no process; give a name such as 'gamma:2', or an object")
         return spec
-    return build("arrivals", _NAMED, spec, settings)
+    return build("arrivals", KNOWN, spec, settings)
 
 
 def build(
@@ -304,6 +308,19 @@ def build(
     return maker(*numbers, **(settings or {}))
 
 
+def spell(known: dict[str, Callable[..., Any]], made: object) -> str | None:
+    """The spec from which `build` makes an equal object, or None if there is none."""
+    for name, maker in known.items():
+        if type(made) is maker:
+            fields: Any = dataclasses.fields(maker)  # type: ignore[arg-type]
+            values = [(getattr(made, f.name), f.default) for f in fields]
+            while values and values[-1][0] == values[-1][1]:
+                values.pop()
+            if all(isinstance(value, int | float) for value, _ in values):
+                return name + ":" * bool(values) + ",".join(f"{value:.17g}" for value, _ in values)
+    return None
+
+
 def _positive(kind: str, name: str, value: float) -> None:
-    if not (0 < value < math.inf):
+    if not (isinstance(value, int | float | np.number) and 0 < value < math.inf):
         raise InputError(f"{kind}: {name} must be a positive number, not {value!r}")

@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from llmsched_env.errors import InputError
 from llmsched_env.workloads import quantiles
+from llmsched_env.workloads.arrivals import build
 
 Uniforms = NDArray[np.float64]
 Tokens = NDArray[np.int64]
@@ -184,6 +185,28 @@ class Table:
         return Table(tuple(int(v) for v in x[knots]), tuple(int(v) for v in y[knots]))
 
 
+KNOWN: dict[str, Any] = {"fixed": Fixed, "uniform": Uniform, "lognormal": Lognormal, "zipf": Zipf}
+
+
+def get(spec: str | int | Marginal) -> Marginal:
+    """A distribution of lengths by name, with its settings after a colon ("uniform:20,200",
+    "lognormal:150,0.8"), or a fixed number of tokens.
+    """
+    if isinstance(spec, int):
+        return Fixed(spec)
+    if not isinstance(spec, str):
+        return spec
+    try:
+        made = build("lengths", KNOWN, spec)
+    except TypeError as error:  # names the settings that are missing
+        raise InputError(f"lengths {spec!r}: {str(error).split('__init__() ')[-1]}") from None
+    whole = {f.name: getattr(made, f.name) for f in dataclasses.fields(made) if f.type == "int"}
+    for name, value in whole.items():
+        if value != int(value):
+            raise InputError(f"lengths {spec!r}: {name} must be a whole number of tokens, not {value:g}")
+    return dataclasses.replace(made, **{name: int(value) for name, value in whole.items()})
+
+
 class Dependence(Protocol):
     """How the ranks of prompt and output go together."""
 
@@ -334,8 +357,13 @@ class Clip:
     def __post_init__(self) -> None:
         for name, least in (("max_prompt", 1), ("max_output", 1), ("max_total", 2)):
             value = getattr(self, name)
-            if value is not None and not (value == int(value) and value >= least):
-                raise InputError(f"{name} must be a whole number of tokens, at least {least}, not {value!r}")
+            good = (
+                isinstance(value, int | float | np.number) and least <= value < 2**31 and value == int(value)
+            )
+            if value is not None and not good:
+                raise InputError(
+                    f"{name} must be a whole number of tokens, from {least} to 2147483647, not {value!r}"
+                )
 
     def __call__(self, prompt: NDArray[Any], output: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Prompt and output tokens, cut."""

@@ -113,6 +113,10 @@ class Declared(Protocol):
         """Declared maxima, int64 (n,), >= output (n,), where no output of the workload passes `largest`."""
         ...
 
+    def most(self, largest: int) -> int:
+        """What no declared maximum passes, where no output passes `largest`."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class PowerOfTwo:
@@ -120,6 +124,9 @@ class PowerOfTwo:
 
     def declare(self, output: NDArray[np.int64], largest: int, rng: np.random.Generator) -> NDArray[np.int64]:
         return np.full(len(output), power_of_two(largest), dtype=np.int64)
+
+    def most(self, largest: int) -> int:
+        return power_of_two(largest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +144,9 @@ class Cap:
             )
         return np.full(len(output), int(self.tokens), dtype=np.int64)
 
+    def most(self, largest: int) -> int:
+        return int(self.tokens)
+
 
 @dataclasses.dataclass(frozen=True)
 class OverDeclared:
@@ -152,6 +162,9 @@ class OverDeclared:
         factor = np.exp(self.sigma * np.abs(normal_quantile(rng.random(len(output)))))
         return np.minimum(np.ceil(output * factor), power_of_two(largest)).astype(np.int64)
 
+    def most(self, largest: int) -> int:
+        return power_of_two(largest)
+
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
@@ -160,15 +173,18 @@ class Exact:
     def declare(self, output: NDArray[np.int64], largest: int, rng: np.random.Generator) -> NDArray[np.int64]:
         return output.astype(np.int64)
 
+    def most(self, largest: int) -> int:
+        return largest
 
-_PREDICTIONS: dict[str, Any] = {
+
+PREDICTIONS: dict[str, Any] = {
     "oracle": Oracle,
     "none": NoPrediction,
     "lognormal": LognormalError,
     "bucket": Bucket,
     "one-bit": OneBit,
 }
-_DECLARED: dict[str, Any] = {
+DECLARED: dict[str, Any] = {
     "power-of-two": PowerOfTwo,
     "cap": Cap,
     "lognormal": OverDeclared,
@@ -178,7 +194,11 @@ _DECLARED: dict[str, Any] = {
 
 def get(spec: str | Prediction) -> Prediction:
     """A predictor by name, with its settings after a colon, as in "lognormal:0.5" and "bucket:128,0.9"."""
-    return build("prediction", _PREDICTIONS, spec) if isinstance(spec, str) else spec
+    if isinstance(spec, str):
+        return build("prediction", PREDICTIONS, spec)
+    if not isinstance(spec, Prediction):
+        raise InputError(f"prediction {spec!r} is none; give a name such as 'lognormal:0.5', or an object")
+    return spec
 
 
 def get_declared(spec: str | int | Declared) -> Declared:
@@ -187,7 +207,11 @@ def get_declared(spec: str | int | Declared) -> Declared:
         return Cap(int(spec))
     if spec == "cap":
         raise InputError("declared 'cap' needs its tokens, as in 'cap:1024'")
-    return build("declared", _DECLARED, spec) if isinstance(spec, str) else spec
+    if isinstance(spec, str):
+        return build("declared", DECLARED, spec)
+    if not hasattr(spec, "declare"):
+        raise InputError(f"declared {spec!r} is no rule; give a name such as 'exact', a number, or an object")
+    return spec
 
 
 def power_of_two(largest: int) -> int:

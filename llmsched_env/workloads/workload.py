@@ -5,18 +5,21 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmsched_env.core.requests import Requests
-from llmsched_env.errors import InputError
+from llmsched_env.errors import InputError, unknown
 from llmsched_env.workloads import arrivals, predictions
 from llmsched_env.workloads.lengths import Clip, Lengths, Mixture, Moments
 
 _SAMPLE = 2**18  # points of the quasi-random sample behind the moments
+
+SomeWorkload = TypeVar("SomeWorkload", bound="Workload")
 
 
 class Workload(abc.ABC):
@@ -39,6 +42,60 @@ class Workload(abc.ABC):
     @abc.abstractmethod
     def moments(self) -> Moments:
         """The moments of the lengths that a capacity depends on."""
+
+    def rate_rps(self, capacity_rps: float | None = None) -> float:
+        """Mean requests/s of `draw`; inf where all arrive at once."""
+        rate = self._rate(capacity_rps)
+        return math.inf if rate is None else rate
+
+    def longest(self) -> int:
+        """Tokens, of prompt and declared answer together, that no request of any draw passes.
+
+        Here of one draw: right for a recipe whose lengths are the same in each.
+        """
+        requests = self.draw(1.0)
+        return int((requests.prompt_tokens.astype(np.int64) + requests.declared_tokens).max())
+
+    def fit(self: SomeWorkload, limit: int) -> SomeWorkload:
+        """The recipe with no request longer than `limit` tokens, prompt and declared answer together.
+
+        Raises:
+            InputError: if it has longer ones and cannot cut them.
+        """
+        if self.longest() > limit:
+            raise InputError(
+                f"workload {self.name}: requests of up to {self.longest()} tokens, prompt and declared "
+                f"answer, do not fit in the engine's {limit}; cut them, or raise kv_blocks or max_model_len"
+            )
+        return self
+
+    def options(self) -> tuple[str, ...]:
+        """What `replace` can change."""
+        fields: Any = dataclasses.fields(self) if dataclasses.is_dataclass(self) else ()
+        return tuple(field.name for field in fields if field.name != "name")
+
+    def replace(self: SomeWorkload, **changes: Any) -> SomeWorkload:
+        """A copy with some options changed, in the forms that `workloads.get` takes. A load takes the place
+        of a rate, and a rate that of a load; None removes a load, a rate or a limit and means nothing
+        elsewhere.
+
+        Raises:
+            InputError: an option that there is not, with the nearest match, or a value that does not fit.
+        """
+        for name in changes:
+            if name not in self.options():
+                raise unknown(f"option of workload {self.name}", name, self.options())
+        for one, other in (("load", "rate"), ("rate", "load")):
+            if changes.get(one) is not None and getattr(self, other) is not None:
+                changes.setdefault(other, None)
+        if changes.get("prediction") is not None:
+            changes["prediction"] = predictions.get(changes["prediction"])
+        if changes.get("declared") is not None:
+            changes["declared"] = predictions.get_declared(changes["declared"])
+        return self._replaced(changes)
+
+    def _replaced(self: SomeWorkload, changes: dict[str, Any]) -> SomeWorkload:
+        return dataclasses.replace(self, **changes)  # type: ignore[type-var]
 
     def _rate(self, capacity_rps: float | None) -> float | None:
         """Requests/s asked for, or None for the workload's own."""
@@ -116,13 +173,12 @@ class Synthetic(Workload):
         n = int(self.num_requests)
         arrival = self.arrivals.unit_times(n, streams[0])
         if not isinstance(self.arrivals, arrivals.AtOnce):
-            arrival = arrival / self._resolved(capacity_rps)
+            arrival = arrival / self.rate_rps(capacity_rps)
         kind, prompt, output = self._mixture.draw(streams[1].random((n, 3)))
         declared = self.declared.declare(output, self._longest_output, streams[3])
         return Requests.of(
             arrival,
-            _narrow(prompt),
-            _narrow(output),
+            *self._mixture.narrow(prompt, output),
             predicted_tokens=self.prediction.predict(output, streams[2]),
             declared_tokens=_narrow(declared),
             **self._mixture.columns(kind),
@@ -140,7 +196,9 @@ class Synthetic(Workload):
     def _longest_output(self) -> int:
         return self.clip.longest(max(c.lengths.output.largest for c in self.classes))
 
-    def _resolved(self, capacity_rps: float | None) -> float:
+    def rate_rps(self, capacity_rps: float | None = None) -> float:
+        if isinstance(self.arrivals, arrivals.AtOnce):
+            return math.inf
         rate = self._rate(capacity_rps)
         if rate is None and isinstance(self.arrivals, arrivals.Profile):
             rate = self.arrivals.rate_rps(int(self.num_requests))
@@ -152,6 +210,66 @@ class Synthetic(Workload):
                 "give load (a share of the engine's capacity) or rate (requests/s)"
             )
         return rate
+
+    def longest(self) -> int:
+        prompt = max(c.lengths.prompt.largest for c in self.classes)
+        prompt = min(limit for limit in (prompt, self.clip.max_prompt) if limit is not None)
+        total = prompt + self._most_declared
+        if self.clip.max_total is not None and isinstance(self.declared, predictions.Exact):
+            return min(total, self.clip.max_total)
+        return total
+
+    def fit(self, limit: int) -> Synthetic:
+        """The recipe with prompts cut so that no request is longer than `limit` tokens, prompt and declared
+        answer together.
+        """
+        if self.longest() <= limit:
+            return self
+        room = limit - self._most_declared
+        if room < 1:
+            raise InputError(
+                f"workload {self.name}: answers are declared with up to {self._most_declared} tokens, which "
+                f"leaves no room for prompts in the engine's {limit}; cut them with max_output, or raise "
+                "kv_blocks or max_model_len"
+            )
+        return self.replace(max_prompt=room)
+
+    @property
+    def _most_declared(self) -> int:
+        return int(self.declared.most(self._longest_output))
+
+    def options(self) -> tuple[str, ...]:
+        own = ("num_requests", "load", "rate", "seed", "arrivals", "cv", "prediction", "declared")
+        return (*own, *_CLIPS, *_TARGETS)
+
+    def _replaced(self, changes: dict[str, Any]) -> Synthetic:
+        removable = ("load", "rate", *_CLIPS)
+        changes = {name: value for name, value in changes.items() if value is not None or name in removable}
+        clip = {name: changes.pop(name) for name in _CLIPS if name in changes}
+        targets = {name: changes.pop(name) for name in _TARGETS if name in changes}
+        for name, value in targets.items():
+            if not (_is_number(value) and value > 0):
+                raise InputError(f"{name} must be a positive number of seconds, not {value!r}")
+        process, cv = changes.pop("arrivals", None), changes.pop("cv", None)
+        if process is not None or cv is not None:
+            changes["arrivals"] = _process(process, cv)
+        if clip:
+            changes["clip"] = dataclasses.replace(self.clip, **clip)
+        if targets:
+            changes["classes"] = tuple(dataclasses.replace(c, **targets) for c in self.classes)
+        return dataclasses.replace(self, **changes)
+
+
+_CLIPS = ("max_prompt", "max_output", "max_total")
+_TARGETS = ("ttft_target_s", "tpot_target_s")
+
+
+def _process(process: str | arrivals.Arrivals | None, cv: float | None) -> arrivals.Arrivals:
+    if cv is None:
+        return arrivals.get(process or "poisson")
+    if process not in (None, "gamma", "weibull"):
+        raise InputError(f"cv={cv:g} goes with arrivals 'gamma' or 'weibull', not with {process!r}")
+    return arrivals.get(str(process or "gamma"), cv=cv)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -191,6 +309,67 @@ class Replay(Workload):
     def moments(self) -> Moments:
         return Moments.of(self.requests.prompt_tokens, self.requests.output_tokens)
 
+    def rate_rps(self, capacity_rps: float | None = None) -> float:
+        rate, times = self._rate(capacity_rps), self.requests.arrival_s
+        if rate is not None:
+            return rate
+        return (len(times) - 1) / float(times[-1] - times[0]) if times[-1] > times[0] else math.inf
+
+    def longest(self) -> int:
+        requests = self.requests
+        prompt, output = requests.prompt_tokens.astype(np.int64), requests.output_tokens
+        if self.declared is None:
+            return int((prompt + requests.declared_tokens).max())
+        if isinstance(self.declared, predictions.Exact):
+            return int((prompt + output).max())
+        return int(prompt.max()) + int(self.declared.most(int(output.max())))
+
+    def options(self) -> tuple[str, ...]:
+        return ("num_requests", "load", "rate", "prediction", "declared", "seed")
+
+    def _replaced(self, changes: dict[str, Any]) -> Replay:
+        most = changes.pop("num_requests", None)
+        if most is not None:
+            if isinstance(most, bool) or not isinstance(most, int) or not 1 <= most <= len(self.requests):
+                raise InputError(
+                    f"num_requests must be a whole number from 1 to {len(self.requests)}, as many as "
+                    f"workload {self.name} has, not {most!r}"
+                )
+            changes["requests"] = self.requests.take(slice(most))
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shuffled(Workload):
+    """The same requests in each draw, all at time 0, in an order drawn at random.
+
+    Attributes:
+        outputs: tokens of their answers, which are declared and predicted exactly.
+        prompt_tokens: of each of them.
+    """
+
+    name: str
+    outputs: tuple[int, ...]
+    prompt_tokens: int = 1
+    seed: int = 0
+    load: None = None
+    rate: None = None
+
+    def __post_init__(self) -> None:
+        self.draw()  # complains of lengths that are none
+
+    def draw(self, capacity_rps: float | None = None, rng: np.random.Generator | None = None) -> Requests:
+        rng = _generator(self.seed) if rng is None else rng
+        outputs = rng.permutation(np.asarray(self.outputs))
+        return Requests.of(np.zeros(len(outputs)), np.full(len(outputs), self.prompt_tokens), outputs)
+
+    def moments(self) -> Moments:
+        outputs = np.asarray(self.outputs)
+        return Moments.of(np.full(len(outputs), self.prompt_tokens), outputs)
+
+    def options(self) -> tuple[str, ...]:
+        return ("outputs", "prompt_tokens", "seed")
+
 
 def at_rate(requests: Requests, rate: float) -> Requests:
     """The same requests, the first at time 0 and all gaps stretched to a mean of `rate` requests/s."""
@@ -208,13 +387,17 @@ def _check(workload: Workload) -> None:
     """Load and rate are positive and not both there."""
     if workload.load is not None and workload.rate is not None:
         raise InputError(
-            f"workload {workload.name}: load {workload.load:g} and rate {workload.rate:g} "
+            f"workload {workload.name}: load {workload.load} and rate {workload.rate} "
             "exclude each other; give one"
         )
     for name in ("load", "rate"):
         value = getattr(workload, name)
-        if value is not None and not 0 < value < math.inf:
+        if value is not None and not (_is_number(value) and 0 < value < math.inf):
             raise InputError(f"workload {workload.name}: {name} must be a positive number, not {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
 
 
 class _Mixture:
@@ -224,14 +407,22 @@ class _Mixture:
         self._shares = np.cumsum([c.share for c in classes])
         self._lengths = Mixture([c.lengths for c in classes])
         self._clip = clip
+        self._small = max(x.largest for c in classes for x in (c.lengths.prompt, c.lengths.output)) < 2**31
         names = ("client", "class_id", "priority", "ttft_target_s", "tpot_target_s")
         self._marks = {name: _narrow(np.array([getattr(c, name) for c in classes])) for name in names}
 
     def draw(self, u: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Class, prompt and output tokens of each row of uniforms (n, 3)."""
         shares = self._shares
-        kind = np.minimum(shares.searchsorted(u[:, 0] * shares[-1], side="right"), len(shares) - 1)
+        if len(shares) == 1:
+            kind = np.zeros(len(u), np.int64)
+        else:
+            kind = np.minimum(shares.searchsorted(u[:, 0] * shares[-1], side="right"), len(shares) - 1)
         return kind, *self._clip(*self._lengths.tokens(kind, u[:, 1:]))
+
+    def narrow(self, *columns: NDArray[np.int64]) -> Iterator[NDArray[Any]]:
+        """Drawn lengths as int32 if they all fit: `Requests.of` then need not look at each."""
+        return (column.astype(np.int32) if self._small else column for column in columns)
 
     def columns(self, kind: NDArray[np.int64]) -> dict[str, Any]:
         """What all requests of a class have in common, for requests of these classes: arrays (n,) by name."""
@@ -239,7 +430,7 @@ class _Mixture:
 
 
 def _narrow(column: NDArray[Any]) -> NDArray[Any]:
-    """int64 as int32 where no value is lost: `Requests.of` then need not look at each."""
+    """int64 as int32 where no value is lost."""
     if column.dtype == np.int64 and column.min() >= -(2**31) and column.max() < 2**31:
         return column.astype(np.int32)
     return column
