@@ -8,6 +8,7 @@ True
 from __future__ import annotations
 
 from baselines import infermax, policies, serving, systems, theory  # noqa: F401  (they register their schedulers)
+from baselines.experts import Expert, expert
 from baselines.registry import get, names, scheduler
 
-__all__ = ["get", "names", "scheduler"]
+__all__ = ["Expert", "expert", "get", "names", "scheduler"]

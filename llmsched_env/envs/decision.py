@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from llmsched_env.core.compile import njit
 from llmsched_env.core.engine import evict, grant, grant_decodes, refund
+from llmsched_env.core.facts import blocks_for
 from llmsched_env.core.run import _log_full
 from llmsched_env.core.span import span
 from llmsched_env.envs.episode import (
@@ -134,14 +135,14 @@ def legal(env: Env) -> int:
                     only = at
                     count += _allow_levels(mask, v.levels, at, num_levels, most, chunked)
     fill = count
-    if s.decodes > 0 and not v.held and (fill > 0 or prefills > 0):
+    if s.decodes > 0 and not v.held and (fill > 0 or prefills > 0 or _room_without_decodes(env)):
         mask[HOLD] = 1
         count += 1
         only = HOLD
     planned = s.decodes + prefills > 0
     stuck = not planned and fill == 0
     # Somebody must wait who could be admitted in this plan, or nothing else is possible.
-    if (v.voluntary and s.num_waiting > s.num_victims) or stuck:
+    if (v.voluntary and s.num_waiting > (0 if v.readmit else s.num_victims)) or stuck:
         for k in range(v.num_run):
             if v.run_fixed[k] == 0:
                 mask[preempt + k] = 1
@@ -156,6 +157,36 @@ def legal(env: Env) -> int:
         count += 1
         only = RUN
     return only if count == 1 else -1
+
+
+@njit
+def _room_without_decodes(env: Env) -> bool:
+    """Whether anybody could be given tokens if the decodes of this plan were held."""
+    s, v = env.e.s, env.v
+    taken = 0
+    for k in range(s.num_planned):
+        taken += _taken(env, env.e.req[env.e.plan[k]])
+    budget, chunked = s.budget + s.decodes, s.chunked != 0
+    free = s.free + taken
+    for k in range(v.num_run):
+        room = v.run_room[k] + free * s.block_size
+        if v.run_rest[k] > 0 and _most_to_chunk(v.run_rest[k], room, budget, chunked) > 0:
+            return True
+    blocks = free - s.watermark_blocks
+    if s.num_running < s.max_num_seqs and blocks > 0:
+        for k in range(v.num_wait):
+            rest, hold = v.wait_rest[k], v.wait_hold[k]
+            if _most_to_admit(rest, hold, budget, blocks, s.block_size, chunked) > 0:
+                return True
+    return False
+
+
+@njit(forceinline=True)
+def _taken(env: Env, q) -> int:  # type: ignore[no-untyped-def]
+    """KV blocks that q took for its decode in this plan."""
+    if q.computed < q.target:
+        return 0
+    return q.blocks - blocks_for(env.e, max(q.computed, q.hold))
 
 
 @njit(forceinline=True)
@@ -222,7 +253,10 @@ def apply(env: Env, action: int) -> None:
         for k in range(s.num_planned - 1, -1, -1):
             q = e.req[e.plan[k]]
             if q.computed >= q.target:
+                taken = _taken(env, q)
                 refund(e, e.plan[k])
+                q.blocks -= taken
+                s.free += taken
         v.stale_run = 1
         return
     slot, level = divmod(action - FIRST_SLOT, v.num_levels)
@@ -238,7 +272,9 @@ def apply(env: Env, action: int) -> None:
         running_changed(env, slot)
     else:
         slot = action - FIRST_SLOT - (v.waiting_slots + v.running_slots) * v.num_levels
-        evict(e, v.run[slot])  # it is not visible as waiting before the next plan
+        evict(e, v.run[slot])
+        if v.readmit:
+            v.stale_wait = 1  # else it is not visible as waiting before the next plan
         running_left(env, slot)
         if v.phase == FORCED:
             decode_all(env)

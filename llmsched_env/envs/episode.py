@@ -52,6 +52,7 @@ def load(env: Env) -> None:
         clients = max(clients, d.client + 1)
     v.drawn = 0
     v.was_reset = 1
+    v.begun += 1
     v.held = 0
     v.stale_wait = v.stale_run = 1
     v.see_wait = v.see_run = 2

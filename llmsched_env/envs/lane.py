@@ -79,6 +79,7 @@ LANE = np.dtype(
         ("skip_forced", "i8"),
         ("work_conserving", "i8"),
         ("voluntary", "i8"),  # whether requests may be preempted that need not be
+        ("readmit", "i8"),  # whether who is preempted in a plan may be admitted again in it
         ("idle", "i8"),  # whether the engine may wait although somebody could be served
         ("autoreset", "i8"),
         ("max_steps", "i8"),  # decisions after which the episode is truncated; 0: no limit
@@ -119,6 +120,7 @@ LANE = np.dtype(
         # -- the episode --
         ("drawn", "i8"),  # whether `pool` holds the next episode
         ("was_reset", "i8"),  # whether this step began an episode
+        ("begun", "i8"),  # episodes begun so far
         ("episodes", "i8"),
         ("steps", "i8"),
         ("illegal", "i8"),

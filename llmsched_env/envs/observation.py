@@ -101,13 +101,13 @@ _OLDEST, _NEWEST, _SHORTEST, _LONGEST = (int(x) for x in RunningOrder)
 
 @njit
 def find_waiting(env: Env) -> None:
-    """The first waiting requests in queue order, except those preempted in this plan: they cannot be admitted
-    in it."""
+    """The first waiting requests in queue order, except those preempted in this plan where they cannot be
+    admitted in it."""
     e, v = env.e, env.v
     n = 0
     r = queue.first(e)
     while r >= 0 and n < v.waiting_slots:
-        if e.req[r].evicted_at != e.s.iterations:
+        if v.readmit or e.req[r].evicted_at != e.s.iterations:
             _put_waiting(env, n, r)
             n += 1
         r = queue.following(e, r)
@@ -166,7 +166,7 @@ def drop_waiting(env: Env, slot: int) -> None:
     after = -1
     if v.num_wait == v.waiting_slots:
         after = queue.following(e, v.wait[last])
-        while after >= 0 and e.req[after].evicted_at == e.s.iterations:
+        while after >= 0 and e.req[after].evicted_at == e.s.iterations and not v.readmit:
             after = queue.following(e, after)
     for k in range(slot, last):
         v.wait[k] = v.wait[k + 1]

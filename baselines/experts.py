@@ -1,0 +1,364 @@
+"""Experts: the named schedulers, answering with the environments' own actions.
+
+    env = gym.make("llmsched/Decision-v0", scenario="azure-conv")
+    expert = baselines.expert("vllm-v1")
+    env.reset(seed=0)
+    done = False
+    while not done:
+        *_, terminated, truncated, _ = env.step(expert(env))
+        done = terminated or truncated
+
+An episode driven by an expert has the finish times that `simulate` gives for its requests. The expert keeps
+an engine of its own that its scheduler drives, iteration by iteration, and translates each plan. Where
+somebody else has acted, it starts anew from the state of the environment, so that it can be asked at any time
+(as a teacher is).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from baselines.registry import get
+from llmsched_env.core import queue
+from llmsched_env.core.compile import njit
+from llmsched_env.core.engine import FINISHED, FUTURE, RUNNING, WAITING, Place, enter_queue
+from llmsched_env.core.facts import blocks_for
+from llmsched_env.core.lanes import LaneSpec, make_lanes
+from llmsched_env.core.requests import Requests
+from llmsched_env.core.run import ITERATION as _ROW
+from llmsched_env.core.run import READY, Log, after_plan, before_plan
+from llmsched_env.core.span import copy_record, span
+from llmsched_env.core.state import Lanes, engine_at
+from llmsched_env.envs.episode import FORCED
+from llmsched_env.envs.lane import env_at
+from llmsched_env.errors import InputError
+from llmsched_env.scheduling import ENGINE, Scheduler, plan
+
+_KEY, _END = int(Place.KEY), int(Place.END)
+_NEVER = 2**62
+_EPISODE, _PLANNED = 0, 1  # what is kept of each lane: the episode it follows, whether its plan is made
+
+# Why a plan cannot be said in actions.
+_TOKENS, _HIDDEN, _ILLEGAL, _PARTIAL, _BACK, _SWAP, _STOPPED = range(-1, -8, -1)
+_WHY = {
+    _TOKENS: "it gives request {r} {n} tokens, which is no chunk level and not all that fits; change "
+    "chunk_levels or token_budget",
+    _HIDDEN: "request {r} is not visible; raise waiting_slots or running_slots, or change which are visible "
+    "(waiting_order, running_order)",
+    _ILLEGAL: "what it does with request {r} is not allowed here; check the options preempt, hold and idle",
+    _PARTIAL: "it lets some requests decode and passes over request {r}; here all decode, or none",
+    _BACK: "it preempts request {r} and admits it again in the same iteration; add readmit=True",
+    _SWAP: "it swaps request {r}; here preempted requests are recomputed",
+    _STOPPED: "it has no plan, as if nobody were left to serve",
+}
+
+
+# ---------------------------------------------------------------------- the scheduler's own engine
+
+
+@njit
+def _start(lanes: Lanes, lane: int, table, template) -> None:  # type: ignore[no-untyped-def]
+    """The episode of the environment from its beginning."""
+    e, env = engine_at(lanes, lane), env_at(span(table), lane)
+    copy_record(e.s, span(template)[0])
+    for r in range(len(e.req)):
+        q = e.req[r]
+        copy_record(q, env.e.req[r])
+        q.status = FUTURE
+        q.computed = q.target = q.generated = q.blocks = q.granted = q.in_flight = q.hold = 0
+        q.last_token = q.first_token = q.first_scheduled = q.finish = np.nan
+        q.key = 0.0
+        q.order = 0
+        q.up = q.left = q.right = -1
+        q.need = q.least = 0
+        q.evicted_at = q.returned_at = -1
+        q.recomputed = 0
+        q.preemptions = q.swaps = q.evicted_rest = q.cpu_blocks = 0
+        q.level = q.count = q.before = q.after = q.chosen = 0
+        q.score = 0.0
+    for i in range(len(e.work)):
+        e.work[i] = 0.0
+
+
+@njit
+def _copy(lanes: Lanes, lane: int, table, template) -> None:  # type: ignore[no-untyped-def]
+    """The state of the environment as it was when the present plan was begun (but who was preempted since has
+    lost what it had)."""
+    e, env = engine_at(lanes, lane), env_at(span(table), lane)
+    s, other = e.s, env.e
+    iterations = s.iterations
+    random = s.random
+    copy_record(s, span(template)[0])
+    s.iterations = max(iterations, other.s.iterations)
+    s.random = random
+    s.clock, s.visible, s.arrived = other.s.clock, other.s.visible, other.s.arrived
+    s.num_finished, s.num_dropped = other.s.num_finished, other.s.num_dropped
+    s.total_generated, s.total_prefill = other.s.total_generated, other.s.total_prefill
+    s.last_progress = s.iterations
+    for r in range(len(e.req)):
+        q, o = e.req[r], other.req[r]
+        level, count, score, before, after = q.level, q.count, q.score, q.before, q.after
+        copy_record(q, o)
+        q.level, q.count, q.score, q.before, q.after = level, count, score, before, after
+        q.evicted_at = q.returned_at = -1
+        if q.status == FINISHED:
+            k = 0
+            while q.prompt >> (k + 1):
+                k += 1
+            s.class_count[k] += 1.0
+            s.class_total[k] += q.prompt + q.generated
+        if q.status == RUNNING:
+            if q.computed == 0:  # admitted in this plan
+                q.status = WAITING
+                q.blocks = q.granted = q.hold = 0
+            else:
+                q.granted = 0
+                q.blocks = blocks_for(e, max(q.computed, q.hold))
+                s.free -= q.blocks
+                s.kv_tokens += q.computed
+    for k in range(other.s.num_running):
+        r = other.running[k]
+        if e.req[r].status == RUNNING:
+            e.running[s.num_running] = r
+            s.num_running += 1
+        else:
+            enter_queue(e, r, _END if s.order == 0 else _KEY)
+    r = queue.first(other)
+    while r >= 0:
+        enter_queue(e, r, _END if s.order == 0 else _KEY)
+        r = queue.following(other, r)
+
+
+@njit
+def _make_plan(  # type: ignore[no-untyped-def]
+    lanes: Lanes, lane: int, table, template, kept, log: Log
+) -> int:
+    """Bring the scheduler's plan up to the iteration that the environment is planning; READY, or why not."""
+    e, env = engine_at(lanes, lane), env_at(span(table), lane)
+    s, other = e.s, env.e.s
+    spans = Log(span(log.rows), span(log.requests), span(log.tokens), span(log.used))
+    if kept[lane, _EPISODE] != env.v.begun:
+        _start(lanes, lane, table, template)
+        kept[lane, _EPISODE] = env.v.begun
+        kept[lane, _PLANNED] = 0
+    while True:
+        if kept[lane, _PLANNED]:
+            if s.clock >= other.clock:
+                break
+            kept[lane, _PLANNED] = 0
+            if after_plan(e, spans, _NEVER, np.inf, 0) != READY:
+                break
+        elif s.clock > other.clock or (s.clock == other.clock and not _same(e, env.e)):
+            break
+        else:
+            if before_plan(e, spans, _NEVER, np.inf) != READY:
+                break
+            plan(e)
+            kept[lane, _PLANNED] = 1
+    if kept[lane, _PLANNED] and s.clock == other.clock and s.error == 0:
+        return READY
+    _copy(lanes, lane, table, template)
+    kept[lane, _PLANNED] = 0
+    if before_plan(e, spans, _NEVER, np.inf) != READY:
+        return _STOPPED
+    plan(e)
+    kept[lane, _PLANNED] = 1
+    return READY
+
+
+@njit
+def _same(e, other) -> bool:  # type: ignore[no-untyped-def]
+    """Whether both engines have done the same so far."""
+    s, o = e.s, other.s
+    return (
+        s.total_generated == o.total_generated
+        and s.total_prefill == o.total_prefill
+        and s.num_finished == o.num_finished
+        and s.busy == o.busy
+    )
+
+
+# ---------------------------------------------------------------------- Decision-v0
+
+
+@njit
+def _decide(lanes: Lanes, lane: int, table, template, kept, log: Log):  # type: ignore[no-untyped-def]
+    """The next action of Decision-v0 towards the plan, and the request it is about; below 0: why there is
+    none."""
+    outcome = _make_plan(lanes, lane, table, template, kept, log)
+    if outcome != READY:
+        return _STOPPED, 0, 0
+    e, env = engine_at(lanes, lane), env_at(span(table), lane)
+    v, mask = env.v, env.mask
+    levels = v.num_levels
+    preempt = 2 + (v.waiting_slots + v.running_slots) * levels
+    for k in range(e.s.num_victims):
+        r = e.victims[k]
+        if e.req[r].status == RUNNING and not v.readmit:
+            return _BACK, r, 0
+        if e.req[r].cpu_blocks > 0:
+            return _SWAP, r, 0
+        if env.e.req[r].status == RUNNING and env.e.req[r].evicted_at != env.e.s.iterations:
+            slot = _find(v.run, v.num_run, r)
+            if slot < 0:
+                return _HIDDEN, r, 0
+            return (preempt + slot if mask[preempt + slot] else _ILLEGAL), r, 0
+    if v.phase == FORCED:
+        return _ILLEGAL, env.e.running[0], 0
+    passed_over, decodes = -1, 0
+    for k in range(env.e.s.num_running):
+        r = env.e.running[k]
+        q = env.e.req[r]
+        if q.computed >= q.target:
+            if e.req[r].granted > 0:
+                decodes += 1
+            else:
+                passed_over = r
+    if passed_over >= 0:
+        if decodes > 0:
+            return _PARTIAL, passed_over, 0
+        if env.e.s.decodes > 0:
+            return (1 if mask[1] else _ILLEGAL), passed_over, 0
+    for k in range(e.s.num_planned):
+        r = e.plan[k]
+        tokens, q = e.req[r].granted, env.e.req[r]
+        if tokens == 0 or q.granted > 0:
+            continue
+        if q.status == RUNNING:
+            slot = _find(v.run, v.num_run, r)
+            first = 2 + (v.waiting_slots + slot) * levels
+        else:
+            slot = _find(v.wait, v.num_wait, r)
+            first = 2 + slot * levels
+        if slot < 0:
+            return _HIDDEN, r, 0
+        rest = (q.target - q.computed) if q.status == RUNNING else q.prompt + q.generated
+        for level in range(levels - 1):
+            if mask[first + level] and v.levels[level] == tokens:
+                return first + level, r, 0
+        if not mask[first + levels - 1]:
+            return _ILLEGAL, r, 0
+        if tokens != _all_that_fits(env, r, rest):
+            return _TOKENS, r, tokens
+        return first + levels - 1, r, 0
+    return (0 if mask[0] else _ILLEGAL), 0, 0
+
+
+@njit
+def _all_that_fits(env, r: int, rest: int) -> int:  # type: ignore[no-untyped-def]
+    """Tokens of the level that is all that fits."""
+    s, q = env.e.s, env.e.req[r]
+    most = min(rest, s.budget)
+    if q.status == RUNNING:
+        return min(most, (q.blocks + s.free) * s.block_size - q.computed)
+    if s.hold > 0:
+        return most
+    free = s.free - (s.watermark_blocks if s.num_running > 0 else 0)
+    return min(most, free * s.block_size)
+
+
+@njit
+def _find(slots, seen: int, r: int) -> int:  # type: ignore[no-untyped-def]
+    for k in range(seen):
+        if slots[k] == r:
+            return k
+    return -1
+
+
+# ---------------------------------------------------------------------- the expert
+
+
+class Expert:
+    """A scheduler as a policy: `expert(env)` is the next action of the environment, scalar or vector.
+
+    It may be asked at any time, by any environment of its kind; it follows one at a time.
+
+    Raises:
+        InputError: when it is asked for what the actions of the environment cannot express, with the reason.
+    """
+
+    def __init__(self, scheduler: Scheduler, seed: int = 0) -> None:
+        if scheduler.plan is not None:
+            raise InputError(f"scheduler {scheduler.name} is a function of its own; experts are named ones")
+        self.scheduler = scheduler
+        self.seed = seed
+        self._fleet: Any = None
+
+    def __call__(self, env: Any) -> Any:
+        """The next action: an int for a scalar environment, an array (n, ...) for a vector one."""
+        inner = env.unwrapped
+        fleet = inner.fleet
+        if fleet is not self._fleet:
+            self._bind(fleet)
+        actions = [self._action(lane) for lane in range(len(fleet.bank.table))]
+        return np.asarray(actions) if hasattr(inner, "num_envs") else actions[0]
+
+    def _bind(self, fleet: Any) -> None:
+        problem, options = fleet.problem, fleet.options
+        settings = self.scheduler.settings
+        hold = settings.hold.name.lower().replace("_", "-")
+        if hold != options.hold:
+            raise InputError(
+                f"{self.scheduler.name} reserves KV cache for {hold!r}, this environment for "
+                f"{options.hold!r}; make it with hold={hold!r}"
+            )
+        n = fleet.num_requests
+        some = Requests.of(np.zeros(n), np.ones(n), np.ones(n))
+        spec = LaneSpec(
+            requests=some,
+            config=problem.engine,
+            pack=self.scheduler.pack,
+            cost=problem.profile.pack(),
+            kv_bytes_per_token=problem.kv_bytes_per_token,
+            stop_tokens=some.output_tokens,
+            limit_tokens=some.output_tokens,
+            dropped=np.zeros(n, bool),
+            seed=self.seed,
+            workspace=self.scheduler.work_size(n, problem.num_clients),
+            histogram=False,
+        )
+        num_envs = len(fleet.bank.table)
+        self._lanes = make_lanes([spec] * num_envs, ENGINE)
+        self._template: NDArray[Any] = self._lanes.s[:1].copy()
+        self._kept = np.zeros((num_envs, 2), np.int64)
+        nothing = np.zeros(0, np.int32)
+        self._log = Log(np.zeros(0, _ROW), nothing, nothing, np.zeros(2, np.int64))
+        self._fleet = fleet
+
+    def _action(self, lane: int) -> Any:
+        fleet = self._fleet
+        translate = _TRANSLATORS.get(fleet.kind.name)
+        if translate is None:
+            raise InputError(f"experts do not know the actions of {fleet.kind.name}")
+        return translate(self, lane)
+
+    def _fail(self, why: int, r: int, tokens: int) -> InputError:
+        return InputError(f"{self.scheduler.name} cannot act here: " + _WHY[why].format(r=r, n=tokens))
+
+    def _decide(self, lane: int) -> int:
+        action, r, tokens = _decide(
+            self._lanes, lane, self._fleet.bank.table, self._template, self._kept, self._log
+        )
+        if action < 0:
+            raise self._fail(action, r, tokens)
+        return int(action)
+
+
+_TRANSLATORS = {"DECISION": Expert._decide}
+
+
+def expert(name: str | Scheduler, seed: int = 0, **settings: Any) -> Expert:
+    """The expert of a scheduler, by name or made before.
+
+    Args:
+        name: as in `baselines.names()`.
+        seed: of a scheduler that draws lots.
+        settings: changes of the scheduler's settings.
+
+    Raises:
+        InputError: an unknown name or setting.
+    """
+    return Expert(get(name, **settings) if isinstance(name, str) else name.replace(**settings), seed)
