@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from llmsched_env import profiles, workloads
+from llmsched_env import envs, profiles, workloads
 from llmsched_env.core.config import EngineConfig
 from llmsched_env.core.requests import Requests
 from llmsched_env.core.schedule import Schedule
@@ -26,6 +26,7 @@ __all__ = [
     "Schedule",
     "Scheduler",
     "Settings",
+    "envs",
     "profiles",
     "replay",
     "simulate",

@@ -1,0 +1,125 @@
+"""The kinds of environments: the actions of each, and the compiled code behind a step of one or of many.
+
+A step writes what it brought into `out`, float64 (4, E): reward, seconds that passed, 1 if the episode has
+terminated, 1 if it was truncated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from gymnasium import spaces
+
+from llmsched_env.core.compile import njit
+from llmsched_env.core.span import span
+from llmsched_env.envs import decision
+from llmsched_env.envs.decision import DISABLED, NEXT_STEP, SAME_STEP
+from llmsched_env.envs.episode import OVER, close
+from llmsched_env.envs.lane import env_at
+from llmsched_env.envs.options import Options
+
+REWARD, DT, TERMINATED, TRUNCATED = range(4)
+_BLOCK = 16  # environments whose step is read while it is still in the processor's cache
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kind:
+    """What tells the environments of one id from those of another.
+
+    Attributes:
+        name: of the global variable below that holds it.
+        mask_size: numbers of the mask, by options.
+        action_space: of one environment, by options.
+        reset: compiled (table, chosen): begin the drawn episode in the environments chosen, a bool each.
+        step: compiled (table, actions, out, first, stop, max_steps) -> events: a step of the environments
+            [first, stop), whose episodes are cut after `max_steps` steps (0: never); returns in how many an
+            episode has ended or begun.
+    """
+
+    name: str
+    mask_size: Callable[[Options], int]
+    action_space: Callable[[Options], spaces.Space[Any]]
+    reset: Callable[..., None]
+    step: Callable[..., int]
+
+    def __reduce__(self) -> str:
+        return self.name  # pickled as what it is: the same for all
+
+
+@njit
+def _harvest(table, out, first: int, stop: int, max_steps: int) -> int:  # type: ignore[no-untyped-def]
+    """Write what the step of these environments brought, and cut episodes that are long enough.
+
+    The first step of an episode also brings what came before its decision.
+    """
+    addresses = span(table)
+    events = 0
+    for lane in range(first, stop):
+        env = env_at(addresses, lane)
+        v = env.v
+        ended = out[TERMINATED, lane] + out[TRUNCATED, lane] > 0.0
+        if v.was_reset == 0 and not ended:
+            out[REWARD, lane] = v.total if v.steps == 1 else v.reward
+            out[DT, lane] = v.dt
+            if v.phase == OVER or 0 < max_steps <= v.steps:
+                out[TERMINATED, lane] = v.terminated
+                out[TRUNCATED, lane] = 1.0 if 0 < max_steps <= v.steps else v.truncated
+                events += 1
+                if v.phase != OVER:
+                    v.phase = OVER
+                    close(env)
+        elif v.was_reset == 0 or v.autoreset == NEXT_STEP:  # it stays as it ended, or has begun anew
+            out[REWARD, lane] = 0.0
+            out[DT, lane] = 0.0
+            if v.was_reset != 0:
+                out[DT, lane] = env.e.s.clock
+                out[TERMINATED, lane] = out[TRUNCATED, lane] = 0.0
+                events += 1
+        else:  # it ended, and has begun anew
+            out[REWARD, lane] = v.done_return if v.done_steps == 1 else v.reward
+            out[DT, lane] = v.dt
+            out[TERMINATED, lane] = v.terminated
+            out[TRUNCATED, lane] = 1.0 if 0 < max_steps <= v.done_steps else v.truncated
+            events += 1
+    return events
+
+
+# ---------------------------------------------------------------------- decisions
+
+
+@njit
+def _step_decision(table, actions, out, first: int, stop: int, max_steps: int) -> int:  # type: ignore[no-untyped-def]
+    events = 0
+    for at in range(first, stop, _BLOCK):
+        end = min(at + _BLOCK, stop)
+        decision.step_decision(table, actions, at, end)
+        events += _harvest(table, out, at, end, max_steps)
+    return events
+
+
+def _num_decisions(options: Options) -> int:
+    levels = len(options.chunk_levels) + 1
+    return decision.num_actions(options.waiting_slots, options.running_slots, levels)
+
+
+DECISION = Kind(
+    name="DECISION",
+    mask_size=_num_decisions,
+    action_space=lambda options: spaces.Discrete(_num_decisions(options)),
+    reset=decision.reset_decision,
+    step=_step_decision,
+)
+
+__all__ = [
+    "DECISION",
+    "DISABLED",
+    "DT",
+    "NEXT_STEP",
+    "REWARD",
+    "SAME_STEP",
+    "TERMINATED",
+    "TRUNCATED",
+    "Kind",
+]

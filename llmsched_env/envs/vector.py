@@ -1,0 +1,348 @@
+"""The native vector environments: many environments advanced by one compiled call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.utils.seeding import np_random
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from numpy.typing import NDArray
+
+from llmsched_env import scenarios
+from llmsched_env.envs.fleet import (
+    Fleet,
+    draw,
+    observation_space,
+    present,
+    take_episode,
+    take_problem,
+)
+from llmsched_env.envs.kinds import (
+    DISABLED,
+    DT,
+    NEXT_STEP,
+    REWARD,
+    SAME_STEP,
+    TERMINATED,
+    Kind,
+)
+from llmsched_env.envs.options import split
+from llmsched_env.envs.single import DecisionEnv, SchedulingEnv
+from llmsched_env.errors import InputError, unknown
+from llmsched_env.scenarios import Problem, Scenario
+
+_MODES = {
+    AutoresetMode.NEXT_STEP: NEXT_STEP,
+    AutoresetMode.SAME_STEP: SAME_STEP,
+    AutoresetMode.DISABLED: DISABLED,
+}
+# Options of a reset, beside the scenario's settings.
+_EPISODE = ("scenario", "seed", "requests", "reset_mask")
+
+
+class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
+    """Many environments of one kind, each as the scalar one with its seed, advanced together.
+
+    All keywords are those of the scalar environment; beside them:
+
+    - `num_envs`: how many.
+    - `autoreset_mode`: an `AutoresetMode` or its name; "next-step" (the default), "same-step" or "disabled".
+    - `num_threads`: threads that share a step.
+    - `max_episode_steps`: steps after which an episode is cut; None: never.
+    - `copy`: whether `step` and `reset` return arrays of their own. If not, the next step writes over what
+      they return, and nothing of the size of the environments is allocated in a step.
+
+    Infos are arrays with a mask each: `action_mask` (num_envs, A) int8, `dt` float64, and where episodes have
+    ended `metrics`, a dict of such arrays. "same-step" adds `final_obs` and `final_info`.
+
+    Attributes:
+        options, problem: as those of the scalar environment.
+        autoreset_mode: the `AutoresetMode`.
+        episode_seeds: (num_envs,) int64: the seeds that the present episodes' requests were drawn from; -1:
+            they were given.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
+    single: ClassVar[type[SchedulingEnv]]
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        scenario: str | Path | Scenario = "azure-conv",
+        *,
+        autoreset_mode: str | AutoresetMode = AutoresetMode.NEXT_STEP,
+        num_threads: int = 1,
+        max_episode_steps: int | None = None,
+        copy: bool = True,
+        render_mode: None = None,
+        **keywords: Any,
+    ) -> None:
+        """The arguments are described with the class and that of the scalar environment.
+
+        Raises:
+            InputError: an unknown keyword or scenario, with the nearest match, or a value that does not fit.
+        """
+        if render_mode is not None:
+            raise InputError(f"render_mode={render_mode!r}: pictures are made by the scalar environment only")
+        for name, value in (("num_envs", num_envs), ("num_threads", num_threads)):
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+                raise InputError(f"{name} must be a whole number from 1, not {value!r}")
+        if max_episode_steps is not None and not (
+            isinstance(max_episode_steps, int | np.integer)
+            and (max_episode_steps >= 1 or max_episode_steps == -1)
+        ):
+            raise InputError(f"max_episode_steps must be a whole number from 1, not {max_episode_steps!r}")
+        self.options, found = split(keywords, scenarios.get(scenario))
+        self.num_envs = int(num_envs)
+        self.autoreset_mode = _mode(autoreset_mode)
+        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
+        self.copy = bool(copy)
+        self.single_observation_space = observation_space(self.options)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.single_action_space = self.kind.action_space(self.options)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self._max_steps = max(0, max_episode_steps or 0)
+        self._threads = int(num_threads)
+        self._rngs: list[np.random.Generator | None] = [None] * self.num_envs
+        self._rng_seeds: list[int | None] = [None] * self.num_envs
+        self.episode_seeds = np.full(self.num_envs, -1, np.int64)
+        self._next_seeds = np.full(self.num_envs, -1, np.int64)  # of the episodes that are drawn; -1: none
+        self._actions = np.zeros((self.num_envs, *(self.single_action_space.shape or ())), np.int64)
+        self._out = np.zeros((4, self.num_envs))
+        self._flags = np.zeros((2, self.num_envs), np.bool_)
+        self._all = np.ones(self.num_envs, np.bool_)
+        self._set_up(found.resolve())
+
+    @property
+    def kind(self) -> Kind:
+        """The actions and the compiled code."""
+        return self.single.kind
+
+    def _set_up(self, problem: Problem) -> None:
+        """Memory for episodes of this problem."""
+        self.problem = problem
+        self.fleet = Fleet(
+            self.kind, problem, self.options, self.num_envs, autoreset=_MODES[self.autoreset_mode]
+        )
+        self._begun = False
+
+    # ------------------------------------------------------------------ episodes
+
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode in all environments, or in those of `options["reset_mask"]`, (num_envs,) bool.
+
+        Args:
+            seed: environment i gets the seed `seed + i`; or one for each, None leaving its generator as it
+            is. options: as for the scalar environment, and `reset_mask`. A scenario or one of its settings
+            can only
+                be changed in all environments together; `requests` need to be as many as an episode has.
+
+        Raises:
+            InputError: as the scalar environment's, and if seeds or mask do not fit the number of
+            environments.
+        """
+        asked = dict(options or {})
+        chosen = self._chosen(asked.pop("reset_mask", None))
+        seeds = self._seeds(seed)
+        requests, episode_seed = take_episode(asked)
+        problem = take_problem(self.problem, asked, _EPISODE)
+        if problem is not self.problem:
+            if not chosen.all():
+                raise InputError(
+                    "the scenario can only be changed in all environments together; drop reset_mask"
+                )
+            self._set_up(problem)
+            self.fleet.bank.lane["drawn"] = 0
+        if not (self._begun or chosen.all()):
+            raise gym.error.ResetNeeded("call reset without a reset_mask first")
+        given = draw(self.problem, episode_seed) if episode_seed is not None else requests
+        lanes = np.flatnonzero(chosen)
+        for i in lanes:
+            if seeds[i] is not None:
+                self._rngs[i], self._rng_seeds[i] = np_random(seeds[i])
+                self._next_seeds[i] = -1
+            if given is not None:
+                self.fleet.put(i, given)
+            else:
+                if self._next_seeds[i] < 0:
+                    self._next_seeds[i] = self._rng(i).integers(2**63)
+                    self.fleet.bank.lane["drawn"][i] = 0
+                if not self.fleet.bank.lane["drawn"][i]:
+                    self.fleet.put(i, draw(self.problem, self._next_seeds[i]))
+        self._out[:, chosen] = 0.0
+        self._flags[:, chosen] = False
+        self._begun = True
+        self.fleet.reset(chosen)
+        if given is None:
+            self.episode_seeds[chosen] = self._next_seeds[chosen]
+            self._next_seeds[chosen] = -1
+        else:
+            self.episode_seeds[chosen] = -1 if episode_seed is None else episode_seed
+        self._draw_ahead(chosen)
+        self._out[DT, chosen] = self.fleet.bank.s["clock"][chosen]
+        return self._observation(), self._infos(chosen.copy())
+
+    def _draw_ahead(self, chosen: NDArray[np.bool_]) -> None:
+        """Draw the next episode of these environments."""
+        for i in np.flatnonzero(chosen):
+            if self._next_seeds[i] < 0:
+                self._next_seeds[i] = self._rng(i).integers(2**63)
+            self.fleet.put(i, draw(self.problem, self._next_seeds[i]))
+
+    def _chosen(self, mask: Any) -> NDArray[np.bool_]:
+        if mask is None:
+            return self._all
+        if not (
+            isinstance(mask, np.ndarray)
+            and mask.dtype == np.bool_
+            and mask.shape == (self.num_envs,)
+            and mask.any()
+        ):
+            raise InputError(f"reset_mask must be a bool array of shape ({self.num_envs},) with a True in it")
+        return mask
+
+    def _seeds(self, seed: Any) -> Sequence[int | None]:
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, int | np.integer):
+            return [int(seed) + i for i in range(self.num_envs)]
+        if len(seed) != self.num_envs:
+            raise InputError(f"give {self.num_envs} seeds, one for each environment, not {len(seed)}")
+        return [None if s is None else int(s) for s in seed]
+
+    def step(
+        self, actions: Any
+    ) -> tuple[Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """A step of each environment; actions as `action_space` has them.
+
+        Returns:
+            Observations, rewards (num_envs,), whether each episode terminated, or was truncated, and infos.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first reset.
+        """
+        if not self._begun:
+            raise gym.error.ResetNeeded("call reset before the first step")
+        self._actions[:] = actions
+        fleet, out = self.fleet, self._out
+        events = fleet.step(self._actions, out, self._max_steps)
+        infos = self._after() if events else self._infos(self._all)
+        rewards, (terminated, truncated) = out[REWARD], self._flags
+        if self.copy:
+            rewards, terminated, truncated = rewards.copy(), terminated.copy(), truncated.copy()
+        return self._observation(), rewards, terminated, truncated, infos
+
+    def _after(self) -> dict[str, Any]:
+        """See to the episodes that have ended or begun in this step; returns the infos."""
+        fleet, out, bank = self.fleet, self._out, self.fleet.bank
+        were: NDArray[np.bool_] = np.logical_or(*self._flags)
+        np.not_equal(out[TERMINATED:], 0.0, out=self._flags)
+        ended: NDArray[np.bool_] = np.logical_or(*self._flags)
+        begun = bank.lane["was_reset"] != 0
+        more: dict[str, Any] = {}
+        if self.autoreset_mode is AutoresetMode.DISABLED:
+            ended &= ~were
+        if ended.any():
+            more = {"metrics": self._metrics(ended), "_metrics": ended}
+        if self.autoreset_mode is AutoresetMode.SAME_STEP:
+            more = self._final(ended, begun, more) if more else {}
+            out[TERMINATED:, ended] = 0.0  # what they do from here on is the next episode
+            fleet.begun(begun)
+            cut = ended & ~begun
+            if cut.any():
+                fleet.reset(cut)
+            begun = ended
+        elif begun.any():
+            fleet.begun(begun)
+        if begun.any():
+            self.episode_seeds[begun] = self._next_seeds[begun]
+            self._next_seeds[begun] = -1
+            self._draw_ahead(begun)
+            out[DT, begun] = bank.s["clock"][begun]
+        return {**self._infos(self._all), **more}
+
+    def _final(
+        self, ended: NDArray[np.bool_], begun: NDArray[np.bool_], info: dict[str, Any]
+    ) -> dict[str, Any]:
+        """What was seen, and the infos there were, when these episodes ended."""
+        bank = self.fleet.bank
+        cut = ended & ~begun  # they have not begun anew yet
+        bank.final[cut] = bank.observation[cut]
+        mask = np.zeros_like(bank.mask)
+        mask[begun] = 1
+        mask[cut] = bank.mask[cut]
+        final = np.full(self.num_envs, None, dtype=object)
+        for i in np.flatnonzero(ended):
+            final[i] = present(bank.final[i].copy(), self.options)
+        dt = np.where(ended, self._out[DT], 0.0)
+        info = {"action_mask": mask, "_action_mask": ended, "dt": dt, "_dt": ended, **info}
+        return {"final_obs": final, "_final_obs": ended, "final_info": info, "_final_info": ended}
+
+    def _metrics(self, ended: NDArray[np.bool_]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, values in self.fleet.metrics(np.flatnonzero(ended)).items():
+            found[name] = np.zeros(self.num_envs, values.dtype)
+            found[name][ended] = values
+            found[f"_{name}"] = ended
+        return found
+
+    def _observation(self) -> Any:
+        rows = self.fleet.bank.observation
+        return present(rows.copy() if self.copy else rows, self.options)
+
+    def _infos(self, there: NDArray[np.bool_]) -> dict[str, Any]:
+        mask, dt = self.fleet.bank.mask, self._out[DT]
+        if self.copy:
+            mask, dt, there = mask.copy(), dt.copy(), there.copy()
+        return {"action_mask": mask, "_action_mask": there, "dt": dt, "_dt": there}
+
+    def action_masks(self) -> NDArray[np.bool_]:
+        """Which actions are legal now, (num_envs, A) bool; all of an environment whose episode is over."""
+        legal: NDArray[np.bool_] = self.fleet.bank.mask.view(np.bool_)
+        return legal.copy() if self.copy else legal
+
+    @property  # type: ignore[misc]
+    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
+        """The generator of each environment."""
+        return tuple(self._rng(i) for i in range(self.num_envs))
+
+    @property
+    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The seed of each generator."""
+        for i in range(self.num_envs):
+            self._rng(i)
+        return tuple(self._rng_seeds)  # type: ignore[arg-type]
+
+    def _rng(self, i: int) -> np.random.Generator:
+        rng = self._rngs[i]
+        if rng is None:
+            rng, self._rng_seeds[i] = np_random(None)
+            self._rngs[i] = rng
+        return rng
+
+
+def _mode(mode: str | AutoresetMode) -> AutoresetMode:
+    """An autoreset mode by name: "next-step", "NEXT_STEP" and "NextStep" are the same."""
+    if isinstance(mode, AutoresetMode):
+        return mode
+    names = {m.name.lower().replace("_", "-"): m for m in AutoresetMode}
+    for name, found in names.items():
+        if str(mode).lower().replace("_", "-") in (name, found.value.lower()):
+            return found
+    raise unknown("autoreset_mode", mode, names)
+
+
+class DecisionVectorEnv(SchedulingVectorEnv):
+    """`DecisionEnv`, many at a time; see `SchedulingVectorEnv`."""
+
+    single = DecisionEnv
