@@ -86,6 +86,12 @@ def _harvest(table, out, first: int, stop: int, max_steps: int) -> int:  # type:
     return events
 
 
+@njit
+def tally(table, lane: int) -> None:  # type: ignore[no-untyped-def]
+    """Keep the figures of the episode of an environment as if it ended now."""
+    close(env_at(span(table), lane))
+
+
 # ---------------------------------------------------------------------- decisions
 
 
@@ -122,4 +128,5 @@ __all__ = [
     "TERMINATED",
     "TRUNCATED",
     "Kind",
+    "tally",
 ]

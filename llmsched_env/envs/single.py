@@ -24,7 +24,7 @@ from llmsched_env.envs.fleet import (
     take_episode,
     take_problem,
 )
-from llmsched_env.envs.kinds import DECISION, DISABLED, Kind
+from llmsched_env.envs.kinds import DECISION, DISABLED, Kind, tally
 from llmsched_env.envs.options import split
 from llmsched_env.errors import InputError, unknown
 from llmsched_env.scenarios import Problem, Scenario
@@ -158,8 +158,7 @@ class SchedulingEnv(gym.Env[Any, Any]):
             self.kind.step(self._table, self._actions, self._out, 0, 1, 0)
         reward, dt, terminated, truncated = self._out[:, 0].tolist()
         info = {"action_mask": self._legal(), "dt": dt}
-        over = terminated + truncated > 0
-        if over and not self._over:
+        if terminated + truncated > 0 and not self._over:
             self._over = True
             info["metrics"] = self.metrics()
         return present(self._seen.copy(), self.options), reward, terminated > 0, truncated > 0, info
@@ -209,7 +208,14 @@ class SchedulingEnv(gym.Env[Any, Any]):
         )
 
     def metrics(self) -> dict[str, float]:
-        """What the last episode that ended came to, see `Fleet.metrics`."""
+        """What the episode has come to so far, see `Fleet.metrics`.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first reset.
+        """
+        self._need_reset()
+        if not self._over:
+            tally(self._table, 0)
         found = self.fleet.metrics(np.zeros(1, np.int64))
         return {name: values.item() for name, values in found.items()}
 

@@ -236,7 +236,12 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         self._actions[:] = actions
         fleet, out = self.fleet, self._out
         events = fleet.step(self._actions, out, self._max_steps)
-        infos = self._after() if events else self._infos(self._all)
+        if events:
+            infos = self._after()
+        else:
+            infos = self._infos(self._all)
+            if self.autoreset_mode is AutoresetMode.SAME_STEP:
+                self._flags[:] = False
         rewards, (terminated, truncated) = out[REWARD], self._flags
         if self.copy:
             rewards, terminated, truncated = rewards.copy(), terminated.copy(), truncated.copy()
