@@ -185,29 +185,34 @@ def _same(e, other) -> bool:  # type: ignore[no-untyped-def]
 
 
 @njit
-def _decide(lanes: Lanes, lane: int, table, template, kept, log: Log):  # type: ignore[no-untyped-def]
-    """The next action of Decision-v0 towards the plan, and the request it is about; below 0: why there is
-    none."""
+def _decide(  # type: ignore[no-untyped-def]
+    lanes: Lanes, lane: int, table, template, kept, log: Log, strict: bool
+):
+    """The next action of Decision-v0 towards the plan, the request it is about, and its tokens; below 0: why
+    there is none. What is not strict does as much of the plan as can be done."""
     outcome = _make_plan(lanes, lane, table, template, kept, log)
-    if outcome != READY:
-        return _STOPPED, 0, 0
     e, env = engine_at(lanes, lane), env_at(span(table), lane)
     v, mask = env.v, env.mask
     levels = v.num_levels
     preempt = 2 + (v.waiting_slots + v.running_slots) * levels
+    if outcome != READY:
+        return (_STOPPED if strict else _any(mask)), 0, 0
     for k in range(e.s.num_victims):
         r = e.victims[k]
+        why = 0
         if e.req[r].status == RUNNING and not v.readmit:
-            return _BACK, r, 0
-        if e.req[r].cpu_blocks > 0:
-            return _SWAP, r, 0
-        if env.e.req[r].status == RUNNING and env.e.req[r].evicted_at != env.e.s.iterations:
+            why = _BACK
+        elif e.req[r].cpu_blocks > 0:
+            why = _SWAP
+        elif env.e.req[r].status == RUNNING and env.e.req[r].evicted_at != env.e.s.iterations:
             slot = _find(v.run, v.num_run, r)
-            if slot < 0:
-                return _HIDDEN, r, 0
-            return (preempt + slot if mask[preempt + slot] else _ILLEGAL), r, 0
+            why = _HIDDEN if slot < 0 else _ILLEGAL if mask[preempt + slot] == 0 else 0
+            if why == 0:
+                return preempt + slot, r, 0
+        if why < 0 and strict:
+            return why, r, 0
     if v.phase == FORCED:
-        return _ILLEGAL, env.e.running[0], 0
+        return (_ILLEGAL if strict else _any(mask)), env.e.running[0], 0
     passed_over, decodes = -1, 0
     for k in range(env.e.s.num_running):
         r = env.e.running[k]
@@ -219,9 +224,13 @@ def _decide(lanes: Lanes, lane: int, table, template, kept, log: Log):  # type: 
                 passed_over = r
     if passed_over >= 0:
         if decodes > 0:
-            return _PARTIAL, passed_over, 0
-        if env.e.s.decodes > 0:
-            return (1 if mask[1] else _ILLEGAL), passed_over, 0
+            if strict:
+                return _PARTIAL, passed_over, 0
+        elif env.e.s.decodes > 0:
+            if mask[1]:
+                return 1, passed_over, 0
+            if strict:
+                return _ILLEGAL, passed_over, 0
     for k in range(e.s.num_planned):
         r = e.plan[k]
         tokens, q = e.req[r].granted, env.e.req[r]
@@ -230,21 +239,40 @@ def _decide(lanes: Lanes, lane: int, table, template, kept, log: Log):  # type: 
         if q.status == RUNNING:
             slot = _find(v.run, v.num_run, r)
             first = 2 + (v.waiting_slots + slot) * levels
+            rest = q.target - q.computed
         else:
             slot = _find(v.wait, v.num_wait, r)
             first = 2 + slot * levels
-        if slot < 0:
-            return _HIDDEN, r, 0
-        rest = (q.target - q.computed) if q.status == RUNNING else q.prompt + q.generated
+            rest = q.prompt + q.generated
+        last = first + levels - 1
+        if slot < 0 or mask[last] == 0:
+            if strict:
+                return (_HIDDEN if slot < 0 else _ILLEGAL), r, 0
+            continue
+        if tokens >= _all_that_fits(env, r, rest):
+            if strict and tokens > _all_that_fits(env, r, rest):
+                return _TOKENS, r, tokens
+            return last, r, tokens
+        best = -1
         for level in range(levels - 1):
-            if mask[first + level] and v.levels[level] == tokens:
-                return first + level, r, 0
-        if not mask[first + levels - 1]:
-            return _ILLEGAL, r, 0
-        if tokens != _all_that_fits(env, r, rest):
+            if mask[first + level] and v.levels[level] <= tokens:
+                best = level
+        if best >= 0 and (v.levels[best] == tokens or not strict):
+            return first + best, r, tokens
+        if strict:
             return _TOKENS, r, tokens
-        return first + levels - 1, r, 0
-    return (0 if mask[0] else _ILLEGAL), 0, 0
+    if mask[0]:
+        return 0, 0, 0
+    return (_ILLEGAL if strict else _any(mask)), 0, 0
+
+
+@njit
+def _any(mask) -> int:  # type: ignore[no-untyped-def]
+    """The first legal action."""
+    action = 0
+    while mask[action] == 0:
+        action += 1
+    return action
 
 
 @njit
@@ -274,17 +302,21 @@ def _find(slots, seen: int, r: int) -> int:  # type: ignore[no-untyped-def]
 class Expert:
     """A scheduler as a policy: `expert(env)` is the next action of the environment, scalar or vector.
 
-    It may be asked at any time, by any environment of its kind; it follows one at a time.
+    It may be asked at any time, by any environment of its kind; it follows one at a time. States in which
+    only one action is legal are passed through without asking anybody (`skip_forced`), so a scheduler that
+    does something else in them (preempts where nobody waits, idles) is not followed there.
 
     Raises:
-        InputError: when it is asked for what the actions of the environment cannot express, with the reason.
+        InputError: when it is asked for what the actions of the environment cannot express, with the reason;
+            if it is not `strict`, it does as much of its plan as can be done instead.
     """
 
-    def __init__(self, scheduler: Scheduler, seed: int = 0) -> None:
+    def __init__(self, scheduler: Scheduler, seed: int = 0, strict: bool = True) -> None:
         if scheduler.plan is not None:
             raise InputError(f"scheduler {scheduler.name} is a function of its own; experts are named ones")
         self.scheduler = scheduler
         self.seed = seed
+        self.strict = strict
         self._fleet: Any = None
 
     def __call__(self, env: Any) -> Any:
@@ -340,7 +372,13 @@ class Expert:
 
     def _decide(self, lane: int) -> int:
         action, r, tokens = _decide(
-            self._lanes, lane, self._fleet.bank.table, self._template, self._kept, self._log
+            self._lanes,
+            lane,
+            self._fleet.bank.table,
+            self._template,
+            self._kept,
+            self._log,
+            self.strict,
         )
         if action < 0:
             raise self._fail(action, r, tokens)
@@ -350,15 +388,18 @@ class Expert:
 _TRANSLATORS = {"DECISION": Expert._decide}
 
 
-def expert(name: str | Scheduler, seed: int = 0, **settings: Any) -> Expert:
+def expert(name: str | Scheduler, *, seed: int = 0, strict: bool = True, **settings: Any) -> Expert:
     """The expert of a scheduler, by name or made before.
 
     Args:
         name: as in `baselines.names()`.
         seed: of a scheduler that draws lots.
+        strict: whether a plan that the actions cannot express is an error. (A teacher that is asked in the
+            middle of somebody else's plan had better not be strict.)
         settings: changes of the scheduler's settings.
 
     Raises:
         InputError: an unknown name or setting.
     """
-    return Expert(get(name, **settings) if isinstance(name, str) else name.replace(**settings), seed)
+    found = get(name, **settings) if isinstance(name, str) else name.replace(**settings)
+    return Expert(found, seed, strict)
