@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from llmsched_env.core.compile import njit
 from llmsched_env.errors import InputError
 
 _LARGEST = 2**30  # tokens; leaves room for sums of two lengths in 32 bits
@@ -101,6 +102,9 @@ class Requests:
                 raise InputError(
                     f"{field.name} has {len(value)} values for {n} requests; give one for each request"
                 )
+        columns = [getattr(self, field.name) for field in dataclasses.fields(self)[:-1]]
+        if all(c.flags.c_contiguous for c in columns) and _valid(*columns):
+            return
         arrival = self.arrival_s
         self._require(
             np.isfinite(arrival), "arrival_s", "is not a finite number; give seconds from the start"
@@ -153,10 +157,29 @@ class Requests:
             raise InputError(f"request {self.name(i)}: {column} {getattr(self, column)[i]} {problem}")
 
 
+@njit
+def _valid(  # type: ignore[no-untyped-def]
+    arrival, prompt, output, declared, predicted, priority, client, class_id, ttft, tpot
+) -> bool:
+    """Whether all is as it should be; one pass, for environments draw requests often."""
+    before = 0.0
+    for i in range(len(arrival)):
+        good = before <= arrival[i] < np.inf
+        good &= 1 <= prompt[i] <= _LARGEST and 1 <= output[i] <= _LARGEST and declared[i] >= output[i]
+        good &= not predicted[i] <= 0.0 and client[i] >= 0 and class_id[i] >= 0
+        good &= ttft[i] > 0.0 and tpot[i] > 0.0
+        if not good:
+            return False
+        before = arrival[i]
+    return True
+
+
 def _column(name: str, values: ArrayLike, n: int | None, dtype: type) -> NDArray[Any]:
     """`values` as a contiguous array of `dtype` and length n; an integer column refuses fractions, nan and
     overflow.
     """
+    if isinstance(values, np.ndarray) and values.dtype == dtype and values.shape == (n,):
+        return np.ascontiguousarray(values)
     try:
         array = np.asarray(values)
         if array.dtype.kind not in "iufb":
@@ -169,9 +192,14 @@ def _column(name: str, values: ArrayLike, n: int | None, dtype: type) -> NDArray
         raise InputError(f"{name} must be one-dimensional, not of shape {array.shape}")
     if np.issubdtype(dtype, np.integer) and array.dtype != dtype:
         limits = np.iinfo(dtype)
-        with np.errstate(invalid="ignore"):
-            bad = ~((array >= limits.min) & (array <= limits.max) & (array == np.floor(array)))
-        if bad.any():
+        if array.dtype.kind in "iu":
+            good = len(array) == 0 or (array.min() >= limits.min and array.max() <= limits.max)
+        else:
+            good = False
+        if not good:
+            with np.errstate(invalid="ignore"):
+                bad = ~((array >= limits.min) & (array <= limits.max) & (array == np.floor(array)))
+        if not good and bad.any():
             i = int(np.argmax(bad))
             raise InputError(
                 f"request {i}: {name} {array[i]} is not a whole number in range; give a count of tokens"
