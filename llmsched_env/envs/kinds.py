@@ -15,13 +15,13 @@ from gymnasium import spaces
 from llmsched_env.core.compile import njit
 from llmsched_env.core.span import span
 from llmsched_env.envs import decision
+from llmsched_env.envs.crew import BLOCK, claim, finish
 from llmsched_env.envs.decision import DISABLED, NEXT_STEP, SAME_STEP
 from llmsched_env.envs.episode import OVER, close
 from llmsched_env.envs.lane import env_at
 from llmsched_env.envs.options import Options
 
 REWARD, DT, TERMINATED, TRUNCATED = range(4)
-_BLOCK = 16  # environments whose step is read while it is still in the processor's cache
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +36,8 @@ class Kind:
         step: compiled (table, actions, out, first, stop, max_steps) -> events: a step of the environments
             [first, stop), whose episodes are cut after `max_steps` steps (0: never); returns in how many an
             episode has ended or begun.
+        share: compiled (state, table, actions, out, max_steps, patience): steps of all environments, together
+            with other threads, see `crew`.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Kind:
     action_space: Callable[[Options], spaces.Space[Any]]
     reset: Callable[..., None]
     step: Callable[..., int]
+    share: Callable[..., None]
 
     def __reduce__(self) -> str:
         return self.name  # pickled as what it is: the same for all
@@ -98,11 +101,20 @@ def tally(table, lane: int) -> None:  # type: ignore[no-untyped-def]
 @njit
 def _step_decision(table, actions, out, first: int, stop: int, max_steps: int) -> int:  # type: ignore[no-untyped-def]
     events = 0
-    for at in range(first, stop, _BLOCK):
-        end = min(at + _BLOCK, stop)
+    for at in range(first, stop, BLOCK):  # read while it is still in the processor's cache
+        end = min(at + BLOCK, stop)
         decision.step_decision(table, actions, at, end)
         events += _harvest(table, out, at, end, max_steps)
     return events
+
+
+@njit
+def _share_decision(state, table, actions, out, max_steps: int, patience: int) -> None:  # type: ignore[no-untyped-def]
+    first = claim(state, patience)
+    while first >= 0:
+        stop = min(first + BLOCK, len(table))
+        finish(state, _step_decision(table, actions, out, first, stop, max_steps))
+        first = claim(state, patience)
 
 
 def _num_decisions(options: Options) -> int:
@@ -116,6 +128,7 @@ DECISION = Kind(
     action_space=lambda options: spaces.Discrete(_num_decisions(options)),
     reset=decision.reset_decision,
     step=_step_decision,
+    share=_share_decision,
 )
 
 __all__ = [

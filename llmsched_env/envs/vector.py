@@ -14,6 +14,7 @@ from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from llmsched_env import scenarios
+from llmsched_env.envs.crew import Crew
 from llmsched_env.envs.fleet import (
     Fleet,
     draw,
@@ -116,6 +117,7 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         self._out = np.zeros((4, self.num_envs))
         self._flags = np.zeros((2, self.num_envs), np.bool_)
         self._all = np.ones(self.num_envs, np.bool_)
+        self._crew: Crew | None = None
         self._set_up(found.resolve())
 
     @property
@@ -125,6 +127,7 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _set_up(self, problem: Problem) -> None:
         """Memory for episodes of this problem."""
+        self.close_extras()
         self.problem = problem
         self.fleet = Fleet(
             self.kind, problem, self.options, self.num_envs, autoreset=_MODES[self.autoreset_mode]
@@ -235,7 +238,10 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
             raise gym.error.ResetNeeded("call reset before the first step")
         self._actions[:] = actions
         fleet, out = self.fleet, self._out
-        events = fleet.step(self._actions, out, self._max_steps)
+        if self._threads == 1:
+            events = fleet.step(self._actions, out, self._max_steps)
+        else:
+            events = self._helped().step()
         if events:
             infos = self._after()
         else:
@@ -246,6 +252,19 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         if self.copy:
             rewards, terminated, truncated = rewards.copy(), terminated.copy(), truncated.copy()
         return self._observation(), rewards, terminated, truncated, infos
+
+    def _helped(self) -> Crew:
+        """The threads that share a step."""
+        if self._crew is None:
+            work = (self.fleet.bank.table, self._actions, self._out, self._max_steps)
+            self._crew = Crew(self._threads - 1, self.kind.share, self.num_envs, work)
+        return self._crew
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Send the threads home."""
+        if self._crew is not None:
+            self._crew.stop()
+            self._crew = None
 
     def _after(self) -> dict[str, Any]:
         """See to the episodes that have ended or begun in this step; returns the infos."""
