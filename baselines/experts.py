@@ -32,6 +32,7 @@ from llmsched_env.core.run import ITERATION as _ROW
 from llmsched_env.core.run import READY, Log, after_plan, before_plan
 from llmsched_env.core.span import copy_record, span
 from llmsched_env.core.state import Lanes, engine_at
+from llmsched_env.envs import dispatch
 from llmsched_env.envs.episode import FORCED
 from llmsched_env.envs.lane import env_at
 from llmsched_env.errors import InputError
@@ -296,6 +297,59 @@ def _find(slots, seen: int, r: int) -> int:  # type: ignore[no-untyped-def]
     return -1
 
 
+# ---------------------------------------------------------------------- Batch-v0
+
+
+@njit
+def _fill(  # type: ignore[no-untyped-def]
+    lanes: Lanes, lane: int, table, template, kept, log: Log, strict: bool, action
+):
+    """Write the action of Batch-v0 that is the plan; returns 0, or why there is none, with which request."""
+    outcome = _make_plan(lanes, lane, table, template, kept, log)
+    e, env = engine_at(lanes, lane), env_at(span(table), lane)
+    v = env.v
+    for slot in range(v.waiting_slots + v.running_slots):
+        action[slot] = 0
+    if outcome != READY:
+        return (_STOPPED if strict else 0), 0, 0
+    for k in range(e.s.num_victims):
+        r = e.victims[k]
+        slot = _find(v.run, v.num_run, r)
+        if strict:
+            if e.req[r].status == RUNNING:
+                return _BACK, r, 0
+            if e.req[r].cpu_blocks > 0:
+                return _SWAP, r, 0
+            if slot < 0:
+                return _HIDDEN, r, 0
+        if slot >= 0:
+            action[v.waiting_slots + slot] = v.num_levels + 1
+    for k in range(e.s.num_planned):
+        r = e.plan[k]
+        tokens, q = e.req[r].granted, env.e.req[r]
+        if tokens == 0:
+            continue
+        if q.status == RUNNING:
+            slot = _find(v.run, v.num_run, r)
+            at = v.waiting_slots + slot
+            rest = q.target - q.computed
+        else:
+            slot = _find(v.wait, v.num_wait, r)
+            at = slot
+            rest = q.prompt + q.generated
+        if slot < 0:
+            # Hidden running requests go on by themselves.
+            if strict and q.status != RUNNING:
+                return _HIDDEN, r, 0
+            continue
+        action[at] = 1
+        if tokens < rest:
+            for level in range(v.num_levels - 1):
+                if v.levels[level] == tokens:
+                    action[at] = 2 + level
+    return 0, 0, 0
+
+
 # ---------------------------------------------------------------------- the expert
 
 
@@ -331,6 +385,9 @@ class Expert:
     def _bind(self, fleet: Any) -> None:
         problem, options = fleet.problem, fleet.options
         settings = self.scheduler.settings
+        if fleet.kind.name == "DISPATCH":  # a constant action
+            self._fleet = fleet
+            return
         hold = settings.hold.name.lower().replace("_", "-")
         if hold != options.hold:
             raise InputError(
@@ -384,8 +441,28 @@ class Expert:
             raise self._fail(action, r, tokens)
         return int(action)
 
+    def _fill(self, lane: int) -> NDArray[np.int64]:
+        options = self._fleet.options
+        action = np.zeros(options.waiting_slots + options.running_slots, np.int64)
+        why, r, tokens = _fill(
+            self._lanes,
+            lane,
+            self._fleet.bank.table,
+            self._template,
+            self._kept,
+            self._log,
+            self.strict,
+            action,
+        )
+        if why < 0:
+            raise self._fail(why, r, tokens)
+        return action
 
-_TRANSLATORS = {"DECISION": Expert._decide}
+    def _express(self, lane: int) -> NDArray[np.int64]:
+        return dispatch.express(self.scheduler.settings, len(self._fleet.options.chunk_levels) + 1)
+
+
+_TRANSLATORS = {"DECISION": Expert._decide, "BATCH": Expert._fill, "DISPATCH": Expert._express}
 
 
 def expert(name: str | Scheduler, *, seed: int = 0, strict: bool = True, **settings: Any) -> Expert:

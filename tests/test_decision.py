@@ -13,9 +13,9 @@ import pytest
 from llmsched_env import scenarios
 from llmsched_env.core.compile import njit
 from llmsched_env.core.span import span
-from llmsched_env.envs import decision
 from llmsched_env.envs.decision import legal, step_decision
 from llmsched_env.envs.fleet import Fleet
+from llmsched_env.envs.frame import DISABLED
 from llmsched_env.envs.kinds import DECISION
 from llmsched_env.envs.lane import env_at
 from llmsched_env.envs.observation import find_running, find_waiting, observe
@@ -39,7 +39,7 @@ def look_at_everything(table: Any) -> None:
 
 def fleet(scenario: str = "azure-conv", num_envs: int = 1, **keywords: Any) -> Fleet:
     options, found = split(keywords, scenarios.get(scenario))
-    made = Fleet(DECISION, found.resolve(), options, num_envs, autoreset=decision.DISABLED)
+    made = Fleet(DECISION, found.resolve(), options, num_envs, autoreset=DISABLED)
     return made
 
 

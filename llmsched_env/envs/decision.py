@@ -13,38 +13,36 @@ fits:
 
 from __future__ import annotations
 
+from typing import Any
+
 from llmsched_env.core.compile import njit
 from llmsched_env.core.engine import evict, grant, grant_decodes, refund
 from llmsched_env.core.facts import blocks_for
 from llmsched_env.core.run import _log_full
-from llmsched_env.core.span import span
+from llmsched_env.envs import frame
 from llmsched_env.envs.episode import (
     BUILDING,
     FORCED,
     OVER,
-    begin_iteration,
     begin_step,
-    close,
     decode_on,
     end_step,
     load,
     over,
     run_iteration,
 )
-from llmsched_env.envs.lane import Env, env_at
+from llmsched_env.envs.frame import reset_frame, step_frame
+from llmsched_env.envs.lane import Env
 from llmsched_env.envs.observation import (
-    TIMES,
     drop_waiting,
     find_running,
     find_waiting,
-    observe,
     running_changed,
     running_joined,
     running_left,
 )
 
 RUN, HOLD, FIRST_SLOT = 0, 1, 2
-NEXT_STEP, SAME_STEP, DISABLED = 0, 1, 2
 
 
 def num_actions(waiting_slots: int, running_slots: int, num_levels: int) -> int:
@@ -228,13 +226,8 @@ def decode_all(env: Env) -> None:
 @njit
 def new_plan(env: Env) -> None:
     """Begin to plan the next iteration."""
-    v = env.v
-    v.held = 0
-    if env.e.s.num_victims > 0:
-        v.stale_wait = 1
-    begin_iteration(env)
-    v.stale_run = 1  # time has passed
-    v.see_wait = max(v.see_wait, TIMES)
+    env.v.held = 0
+    frame.new_plan(env)
     decode_all(env)
 
 
@@ -319,11 +312,12 @@ def decode_on_from(env: Env) -> bool:
 
 
 @njit(forceinline=True)
-def decide(env: Env, action: int) -> None:
+def decide(env: Env, given: Any, lane: int) -> None:
     """One step: an action of any number, and what follows of itself."""
     v = env.v
     begin_step(env)
     v.steps += 1
+    action = given[lane]
     if action < 0 or action >= len(env.mask) or env.mask[action] == 0:
         v.illegal += 1
         action = RUN
@@ -333,17 +327,6 @@ def decide(env: Env, action: int) -> None:
     apply(env, action)
     settle(env)
     end_step(env)
-
-
-@njit
-def show(env: Env) -> None:
-    """Write the observation; at the end of an episode every action is legal."""
-    if env.v.phase == OVER:
-        find_waiting(env)
-        find_running(env)
-        for i in range(len(env.mask)):
-            env.mask[i] = 1
-    observe(env)
 
 
 @njit
@@ -358,48 +341,10 @@ def begin(env: Env) -> None:
 @njit
 def step_decision(table, actions, first: int, stop: int) -> None:  # type: ignore[no-untyped-def]
     """A step of the environments [first, stop), each with its action, and the resets that fall due."""
-    addresses, given = span(table), span(actions)
-    for lane in range(first, stop):
-        env = env_at(addresses, lane)
-        v = env.v
-        v.was_reset = 0
-        if v.phase == OVER:
-            if v.autoreset != NEXT_STEP:
-                continue
-            begin(env)
-            v.reward = 0.0
-            v.terminated = v.truncated = 0
-            show(env)
-            continue
-        decide(env, given[lane])
-        if v.phase != OVER and 0 < v.max_steps <= v.steps:
-            v.truncated = 1
-            v.phase = OVER
-        show(env)
-        if v.phase == OVER:
-            close(env)
-            if v.autoreset == SAME_STEP:
-                _swap(env)
-
-
-@njit
-def _swap(env: Env) -> None:
-    """Keep what was seen last, and begin the next episode in the same step."""
-    v = env.v
-    for i in range(len(env.final)):
-        env.final[i] = env.observation[i]
-    reward, dt, terminated, truncated = v.reward, v.dt, v.terminated, v.truncated
-    begin(env)
-    v.reward, v.dt, v.terminated, v.truncated = reward, dt, terminated, truncated
-    show(env)
+    step_frame(table, actions, first, stop, begin, decide)
 
 
 @njit
 def reset_decision(table, chosen) -> None:  # type: ignore[no-untyped-def]
     """Begin an episode in each of the environments that are chosen (a bool each)."""
-    addresses = span(table)
-    for lane in range(len(chosen)):
-        if chosen[lane]:
-            env = env_at(addresses, lane)
-            begin(env)
-            show(env)
+    reset_frame(table, chosen, begin)

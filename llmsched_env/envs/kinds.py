@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 from gymnasium import spaces
 
 from llmsched_env.core.compile import njit
+from llmsched_env.core.engine import Place
 from llmsched_env.core.span import span
-from llmsched_env.envs import decision
+from llmsched_env.envs import batch, decision, dispatch
 from llmsched_env.envs.crew import BLOCK, claim, finish
-from llmsched_env.envs.decision import DISABLED, NEXT_STEP, SAME_STEP
 from llmsched_env.envs.episode import OVER, close
+from llmsched_env.envs.frame import NEXT_STEP
 from llmsched_env.envs.lane import env_at
-from llmsched_env.envs.options import Options
+from llmsched_env.envs.options import HOLDS, WAITING_ORDERS, Options
+from llmsched_env.scheduling import Settings
 
 REWARD, DT, TERMINATED, TRUNCATED = range(4)
 
@@ -30,8 +31,9 @@ class Kind:
 
     Attributes:
         name: of the global variable below that holds it.
-        mask_size: numbers of the mask, by options.
-        action_space: of one environment, by options.
+        action_space: of one environment, by options. The mask has a number for each choice of each entry.
+        settings: of the engine that a step finds, by options.
+        unread: options that have no meaning here.
         reset: compiled (table, chosen): begin the drawn episode in the environments chosen, a bool each.
         step: compiled (table, actions, out, first, stop, max_steps) -> events: a step of the environments
             [first, stop), whose episodes are cut after `max_steps` steps (0: never); returns in how many an
@@ -41,11 +43,17 @@ class Kind:
     """
 
     name: str
-    mask_size: Callable[[Options], int]
-    action_space: Callable[[Options], spaces.Space[Any]]
+    action_space: Callable[[Options], spaces.Discrete | spaces.MultiDiscrete]
+    settings: Callable[[Options], Settings]
+    unread: tuple[str, ...]
     reset: Callable[..., None]
     step: Callable[..., int]
     share: Callable[..., None]
+
+    def mask_parts(self, options: Options) -> tuple[int, ...]:
+        """Numbers of the mask for each entry of an action."""
+        space = self.action_space(options)
+        return (int(space.n),) if isinstance(space, spaces.Discrete) else tuple(space.nvec.tolist())
 
     def __reduce__(self) -> str:
         return self.name  # pickled as what it is: the same for all
@@ -95,7 +103,17 @@ def tally(table, lane: int) -> None:  # type: ignore[no-untyped-def]
     close(env_at(span(table), lane))
 
 
-# ---------------------------------------------------------------------- decisions
+def _queue(options: Options) -> Settings:
+    """Where actions name requests: what is visible in which order, and what an admission reserves."""
+    return Settings(
+        order=WAITING_ORDERS[options.waiting_order],
+        resume=Place.KEY,
+        hold=HOLDS[options.hold],
+        watermark_when_idle=False,
+    )
+
+
+# ---------------------------------------------------------------------- Decision-v0
 
 
 @njit
@@ -117,29 +135,92 @@ def _share_decision(state, table, actions, out, max_steps: int, patience: int) -
         first = claim(state, patience)
 
 
-def _num_decisions(options: Options) -> int:
+def _decisions(options: Options) -> spaces.Discrete:
     levels = len(options.chunk_levels) + 1
-    return decision.num_actions(options.waiting_slots, options.running_slots, levels)
+    return spaces.Discrete(decision.num_actions(options.waiting_slots, options.running_slots, levels))
 
 
 DECISION = Kind(
     name="DECISION",
-    mask_size=_num_decisions,
-    action_space=lambda options: spaces.Discrete(_num_decisions(options)),
+    action_space=_decisions,
+    settings=_queue,
+    unread=(),
     reset=decision.reset_decision,
     step=_step_decision,
     share=_share_decision,
 )
 
-__all__ = [
-    "DECISION",
-    "DISABLED",
-    "DT",
-    "NEXT_STEP",
-    "REWARD",
-    "SAME_STEP",
-    "TERMINATED",
-    "TRUNCATED",
-    "Kind",
-    "tally",
-]
+
+# ---------------------------------------------------------------------- Batch-v0
+
+
+@njit
+def _step_batch(table, actions, out, first: int, stop: int, max_steps: int) -> int:  # type: ignore[no-untyped-def]
+    events = 0
+    for at in range(first, stop, BLOCK):
+        end = min(at + BLOCK, stop)
+        batch.step_batch(table, actions, at, end)
+        events += _harvest(table, out, at, end, max_steps)
+    return events
+
+
+@njit
+def _share_batch(state, table, actions, out, max_steps: int, patience: int) -> None:  # type: ignore[no-untyped-def]
+    first = claim(state, patience)
+    while first >= 0:
+        stop = min(first + BLOCK, len(table))
+        finish(state, _step_batch(table, actions, out, first, stop, max_steps))
+        first = claim(state, patience)
+
+
+def _batches(options: Options) -> spaces.MultiDiscrete:
+    levels = len(options.chunk_levels) + 1
+    return spaces.MultiDiscrete(batch.nvec(options.waiting_slots, options.running_slots, levels))
+
+
+BATCH = Kind(
+    name="BATCH",
+    action_space=_batches,
+    settings=_queue,
+    unread=("readmit", "work_conserving"),
+    reset=batch.reset_batch,
+    step=_step_batch,
+    share=_share_batch,
+)
+
+
+# ---------------------------------------------------------------------- Dispatch-v0
+
+
+@njit
+def _step_dispatch(table, actions, out, first: int, stop: int, max_steps: int) -> int:  # type: ignore[no-untyped-def]
+    events = 0
+    for at in range(first, stop, BLOCK):
+        end = min(at + BLOCK, stop)
+        dispatch.step_dispatch(table, actions, at, end)
+        events += _harvest(table, out, at, end, max_steps)
+    return events
+
+
+@njit
+def _share_dispatch(state, table, actions, out, max_steps: int, patience: int) -> None:  # type: ignore[no-untyped-def]
+    first = claim(state, patience)
+    while first >= 0:
+        stop = min(first + BLOCK, len(table))
+        finish(state, _step_dispatch(table, actions, out, first, stop, max_steps))
+        first = claim(state, patience)
+
+
+def _dispatches(options: Options) -> spaces.MultiDiscrete:
+    return spaces.MultiDiscrete(dispatch.nvec(len(options.chunk_levels) + 1))
+
+
+DISPATCH = Kind(
+    name="DISPATCH",
+    action_space=_dispatches,
+    settings=lambda options: dispatch.RULES,
+    unread=("waiting_order", "hold", "preempt", "readmit", "idle", "work_conserving"),
+    reset=dispatch.reset_dispatch,
+    step=_step_dispatch,
+    share=_share_dispatch,
+)
