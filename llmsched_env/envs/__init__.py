@@ -1,14 +1,18 @@
 """Environments for Gymnasium; importing the package registers them.
 
-Ids: llmsched/Decision-v0. From a process that has not imported the package,
-`gymnasium.make("llmsched_env:llmsched/Decision-v0")`.
+Ids: llmsched/Decision-v0, llmsched/Batch-v0, llmsched/Dispatch-v0. From a process that has not imported the
+package, `gymnasium.make("llmsched_env:llmsched/Decision-v0")`.
 """
 
 from __future__ import annotations
 
 import gymnasium
 
-IDS = {"llmsched/Decision-v0": "DecisionEnv"}
+IDS = {
+    "llmsched/Decision-v0": "DecisionEnv",
+    "llmsched/Batch-v0": "BatchEnv",
+    "llmsched/Dispatch-v0": "DispatchEnv",
+}
 
 
 def register() -> None:

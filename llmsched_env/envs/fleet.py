@@ -4,6 +4,7 @@ and the episodes that they are given.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ from llmsched_env import scenarios
 from llmsched_env.core.compile import njit
 from llmsched_env.core.config import EngineConfig
 from llmsched_env.core.cost import batch_time
-from llmsched_env.core.engine import Place
 from llmsched_env.core.lanes import LaneSpec, _fill_engine
 from llmsched_env.core.requests import Requests
 from llmsched_env.core.run import Log
@@ -24,10 +24,10 @@ from llmsched_env.envs.episode import OVER
 from llmsched_env.envs.kinds import Kind
 from llmsched_env.envs.lane import MOST_CLASSES, MOST_CLIENTS, Bank, env_at
 from llmsched_env.envs.observation import NUM_GLOBAL, NUM_SLOT, SLACK, LengthInfo, scales
-from llmsched_env.envs.options import HOLDS, LENGTHS, RUNNING_ORDERS, WAITING_ORDERS, Options, change
+from llmsched_env.envs.options import LENGTHS, RUNNING_ORDERS, Options, change
 from llmsched_env.errors import InputError
 from llmsched_env.scenarios import Problem
-from llmsched_env.scheduling import ENGINE, Scheduler, Settings
+from llmsched_env.scheduling import ENGINE, Scheduler
 
 # ---------------------------------------------------------------------- what is seen
 
@@ -147,7 +147,10 @@ class Fleet:
     ) -> None:
         self.kind, self.problem, self.options = kind, problem, options
         self.num_requests = problem.num_requests if num_requests is None else num_requests
-        template = _template(problem, options)
+        for field in dataclasses.fields(Options):
+            if field.name in kind.unread and getattr(options, field.name) != field.default:
+                raise InputError(f"option {field.name} has no meaning in this environment; leave it out")
+        template = _template(kind, problem, options)
         slots = options.waiting_slots + options.running_slots
         engine, scale = problem.engine, problem.time_scale_s
         units = {
@@ -164,7 +167,7 @@ class Fleet:
             template,
             problem.profile.pack(),
             scales(slots, units),  # type: ignore[arg-type]
-            kind.mask_size(options),
+            sum(kind.mask_parts(options)),
             log_rows,
         )
         self._set_options(autoreset)
@@ -374,7 +377,7 @@ def draw(problem: Problem, seed: int) -> Requests:
 # ---------------------------------------------------------------------- the beginning
 
 
-def _template(problem: Problem, options: Options) -> NDArray[Any]:
+def _template(kind: Kind, problem: Problem, options: Options) -> NDArray[Any]:
     """(1,) the engine's record at the beginning of an episode."""
     engine: EngineConfig = problem.engine
     for name, good in (("preemption", "recompute"), ("async_scheduling", False)):
@@ -382,18 +385,12 @@ def _template(problem: Problem, options: Options) -> NDArray[Any]:
             raise InputError(
                 f"environments have engines with {name}={good!r} only, not {getattr(engine, name)!r}"
             )
-    settings = Settings(
-        order=WAITING_ORDERS[options.waiting_order],
-        resume=Place.KEY,
-        hold=HOLDS[options.hold],
-        watermark_when_idle=False,
-    )
     nothing = np.zeros(0, np.int32)
     template = np.zeros(1, ENGINE)
     spec = LaneSpec(
         requests=Requests.of([0.0], [1], [1]),  # of no account
         config=engine,
-        pack=Scheduler("environment", settings).pack,
+        pack=Scheduler("environment", kind.settings(options)).pack,
         cost=problem.profile.pack(),
         kv_bytes_per_token=problem.kv_bytes_per_token,
         stop_tokens=nothing,

@@ -16,6 +16,7 @@ from llmsched_env.core.lanes import served
 from llmsched_env.core.requests import Requests
 from llmsched_env.core.run import EVICTED
 from llmsched_env.core.schedule import Schedule
+from llmsched_env.envs.dispatch import VICTIMS, Mixing, Queue, Reserve
 from llmsched_env.envs.fleet import (
     Fleet,
     draw,
@@ -24,7 +25,8 @@ from llmsched_env.envs.fleet import (
     take_episode,
     take_problem,
 )
-from llmsched_env.envs.kinds import DECISION, DISABLED, Kind, tally
+from llmsched_env.envs.frame import DISABLED
+from llmsched_env.envs.kinds import BATCH, DECISION, DISPATCH, Kind, tally
 from llmsched_env.envs.options import split
 from llmsched_env.errors import InputError, unknown
 from llmsched_env.scenarios import Problem, Scenario
@@ -70,6 +72,8 @@ class SchedulingEnv(gym.Env[Any, Any]):
         self.observation_space = observation_space(self.options)
         self.action_space = self.kind.action_space(self.options)
         self.episode_seed: int | None = None
+        stops = np.cumsum(self.kind.mask_parts(self.options)).tolist()
+        self._parts = [slice(a, b) for a, b in zip([0, *stops], stops, strict=False)]
         self._actions = np.zeros((1, *(self.action_space.shape or ())), np.int64)
         self._out = np.zeros((4, 1))
         self._begun = self._over = False
@@ -178,7 +182,8 @@ class SchedulingEnv(gym.Env[Any, Any]):
 
     def _legal(self) -> Any:
         """The mask as `action_space.sample` takes it, int8."""
-        return self._mask.copy()
+        mask = self._mask.copy()
+        return mask if len(self._parts) == 1 else tuple([mask[part] for part in self._parts])
 
     # ------------------------------------------------------------------ what came of it
 
@@ -368,3 +373,31 @@ class DecisionEnv(SchedulingEnv):
             return f"CHUNK of request {self._requests.name(r)}, {levels[level]}", r
         r = int(running[action - 2 - (most + self.options.running_slots) * len(levels)])
         return f"PREEMPT request {self._requests.name(r)}", r
+
+
+class BatchEnv(SchedulingEnv):
+    """..."""
+
+    kind = BATCH
+
+    def _say(self, waiting: NDArray[np.int32], running: NDArray[np.int32]) -> tuple[str, int | None]:
+        most, last = self.options.waiting_slots, len(self.options.chunk_levels) + 2
+        given = self._actions[0]
+        counts = {
+            "ADMIT": np.count_nonzero((given[:most] > 0) & (given[:most] < last)),
+            "RUN": np.count_nonzero((given[most:] > 0) & (given[most:] < last)),
+            "PREEMPT": np.count_nonzero(given[most:] == last),
+        }
+        return ", ".join(f"{what} in {n} slots" for what, n in counts.items() if n) or "SKIP", None
+
+
+class DispatchEnv(SchedulingEnv):
+    """..."""
+
+    kind = DISPATCH
+
+    def _say(self, waiting: NDArray[np.int32], running: NDArray[np.int32]) -> tuple[str, int | None]:
+        levels = (*map(str, self.options.chunk_levels), "all")
+        order, budget, mixing, victim, reserve = self._actions[0].tolist()
+        words = (Queue(order), levels[budget], Mixing(mixing), VICTIMS[victim], Reserve(reserve))
+        return ", ".join(str(getattr(word, "name", word)).lower() for word in words), None

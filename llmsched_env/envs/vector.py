@@ -23,17 +23,10 @@ from llmsched_env.envs.fleet import (
     take_episode,
     take_problem,
 )
-from llmsched_env.envs.kinds import (
-    DISABLED,
-    DT,
-    NEXT_STEP,
-    REWARD,
-    SAME_STEP,
-    TERMINATED,
-    Kind,
-)
+from llmsched_env.envs.frame import DISABLED, NEXT_STEP, SAME_STEP
+from llmsched_env.envs.kinds import DT, REWARD, TERMINATED, Kind
 from llmsched_env.envs.options import split
-from llmsched_env.envs.single import DecisionEnv, SchedulingEnv
+from llmsched_env.envs.single import BatchEnv, DecisionEnv, DispatchEnv, SchedulingEnv
 from llmsched_env.errors import InputError, unknown
 from llmsched_env.scenarios import Problem, Scenario
 
@@ -370,3 +363,15 @@ class DecisionVectorEnv(SchedulingVectorEnv):
     """`DecisionEnv`, many at a time; see `SchedulingVectorEnv`."""
 
     single = DecisionEnv
+
+
+class BatchVectorEnv(SchedulingVectorEnv):
+    """`BatchEnv`, many at a time; see `SchedulingVectorEnv`."""
+
+    single = BatchEnv
+
+
+class DispatchVectorEnv(SchedulingVectorEnv):
+    """`DispatchEnv`, many at a time; see `SchedulingVectorEnv`."""
+
+    single = DispatchEnv
