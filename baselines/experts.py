@@ -394,6 +394,11 @@ class Expert:
                 f"{self.scheduler.name} reserves KV cache for {hold!r}, this environment for "
                 f"{options.hold!r}; make it with hold={hold!r}"
             )
+        if self.strict and fleet.kind.name == "BATCH" and options.running_order != "oldest":
+            raise InputError(
+                "Batch serves requests in the order of their slots, schedulers those admitted first; "
+                "make it with running_order='oldest'"
+            )
         n = fleet.num_requests
         some = Requests.of(np.zeros(n), np.ones(n), np.ones(n))
         spec = LaneSpec(

@@ -137,3 +137,25 @@ def test_vector_environments() -> None:
         *_, terminated, _, _ = one.step(int(actions[0]))
         if terminated:
             break
+
+
+@pytest.mark.parametrize("scenario", ["infermax-contention", "slo-mix", "azure-code", "reasoning"])
+@pytest.mark.parametrize("name", ["vllm-v1", "srf"])
+def test_where_memory_is_short(scenario: str, name: str) -> None:
+    env = gym.make("llmsched/Decision-v0", scenario=scenario, idle=True, readmit=True, **WIDE)
+    play(env, baselines.expert(name), 1)
+    assert_as_simulated(env, name)
+
+
+@pytest.mark.parametrize("name", ["vllm-v1", "srf", "lrf"])
+def test_dispatch(name: str) -> None:
+    env = gym.make("llmsched/Dispatch-v0", scenario="azure-conv")
+    assert play(env, baselines.expert(name), 0) > 50
+    assert_as_simulated(env, name)
+
+
+@pytest.mark.parametrize("name", ["vllm-v1", "srf"])
+def test_batch(name: str) -> None:
+    env = gym.make("llmsched/Batch-v0", scenario="azure-conv", running_order="oldest", **WIDE)
+    assert play(env, baselines.expert(name), 0) > 50
+    assert_as_simulated(env, name)

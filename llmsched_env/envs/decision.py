@@ -122,6 +122,7 @@ def legal(env: Env) -> int:
                 only = at
                 count += _allow_levels(mask, v.levels, at, num_levels, most, chunked)
     prefills = s.prefill_requests
+    short = False  # a prefill lacks blocks
     if s.decodes + prefills < s.num_running and budget > 0:  # somebody is not in the plan
         at = FIRST_SLOT - 1 + v.waiting_slots * num_levels
         free = s.free * size
@@ -129,6 +130,7 @@ def legal(env: Env) -> int:
             at += num_levels
             if v.run_rest[k] > 0:
                 most = _most_to_chunk(v.run_rest[k], v.run_room[k] + free, budget, chunked)
+                short |= most < min(v.run_rest[k], budget)
                 if most > 0:
                     only = at
                     count += _allow_levels(mask, v.levels, at, num_levels, most, chunked)
@@ -139,8 +141,9 @@ def legal(env: Env) -> int:
         only = HOLD
     planned = s.decodes + prefills > 0
     stuck = not planned and fill == 0
-    # Somebody must wait who could be admitted in this plan, or nothing else is possible.
-    if (v.voluntary and s.num_waiting > (0 if v.readmit else s.num_victims)) or stuck:
+    # Somebody must wait who could be admitted in this plan, or lack blocks, or nothing else is possible.
+    waits = s.num_waiting > (0 if v.readmit else s.num_victims)
+    if (v.voluntary and (waits or short)) or stuck:
         for k in range(v.num_run):
             if v.run_fixed[k] == 0:
                 mask[preempt + k] = 1
