@@ -1,4 +1,4 @@
-"""Rollouts: the same as when they were written down, per id and version; and anything may be done, in any order.
+"""Rollouts: as they were when they were written down, per id and version; and anything may be done, anyhow.
 
 python tests/test_rollouts.py       # write tests/rollouts.json anew, where a version has changed on purpose
 """
