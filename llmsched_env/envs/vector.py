@@ -63,6 +63,7 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
 
     metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
     single: ClassVar[type[SchedulingEnv]]
+    _crew: Crew | None = None
 
     def __init__(
         self,
@@ -110,7 +111,6 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         self._out = np.zeros((4, self.num_envs))
         self._flags = np.zeros((2, self.num_envs), np.bool_)
         self._all = np.ones(self.num_envs, np.bool_)
-        self._crew: Crew | None = None
         self._set_up(found.resolve())
 
     @property
@@ -346,6 +346,9 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
             rng, self._rng_seeds[i] = np_random(None)
             self._rngs[i] = rng
         return rng
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_crew": None}  # threads are made anew when they are needed
 
 
 def _mode(mode: str | AutoresetMode) -> AutoresetMode:
