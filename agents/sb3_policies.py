@@ -1,0 +1,139 @@
+"""Policies for Stable-Baselines3 that choose among many actions fast.
+
+With a hundred actions or more, SB3's PPO and MaskablePPO spend most of their time on the distribution: it is
+normalised up to three times, sampled through exponential variates, and differentiated step by step.
+`Policy` (for PPO and A2C) and `MaskablePolicy` (for MaskablePPO) are SB3's own networks with the same
+distribution, computed once:
+
+    model = MaskablePPO(MaskablePolicy, env)
+
+They take observations of all forms; action spaces that are not Discrete are left to SB3.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+
+try:
+    from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution
+    from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+    from stable_baselines3.common.policies import ActorCriticPolicy
+    from stable_baselines3.common.torch_layers import CombinedExtractor
+except ImportError:
+    raise ImportError('agents.sb3_policies needs sb3-contrib; pip install "llmsched-env[train]"') from None
+
+_ILLEGAL = 1e8  # less of a logit, as in sb3-contrib: a probability of 0, and a finite logarithm
+
+
+class _LogProb(th.autograd.Function):
+    """Logarithm of the probability of an action, with its derivative by the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: th.Tensor, logs: th.Tensor, shares: th.Tensor, actions: th.Tensor) -> Any:
+        ctx.save_for_backward(shares, actions)
+        return logs.gather(1, actions)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        shares, actions = ctx.saved_tensors
+        (slope,) = slopes
+        return (shares * -slope).scatter_add_(1, actions, slope), None, None, None
+
+
+class _Entropy(th.autograd.Function):
+    """Entropy, with its derivative by the logits; none is taken where it has no weight."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: th.Tensor, logs: th.Tensor, shares: th.Tensor) -> Any:
+        entropy = -th.linalg.vecdot(shares, logs)
+        ctx.save_for_backward(logs, shares, entropy)
+        return entropy
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Any) -> Any:
+        logs, shares, entropy = ctx.saved_tensors
+        (slope,) = slopes
+        if not slope.any():
+            return None, None, None
+        return (logs + entropy[:, None]).mul_(shares).mul_(-slope[:, None]), None, None
+
+
+class QuickCategorical(MaskableCategoricalDistribution):
+    """sb3-contrib's categorical distribution, each of whose parts is computed once and only if asked for."""
+
+    def proba_distribution(self, action_logits: th.Tensor) -> QuickCategorical:
+        self._logits = action_logits.view(-1, self.action_dim)
+        self._logs: Any = None
+        self._shares: Any = None
+        return self
+
+    def apply_masking(self, masks: Any) -> None:
+        if masks is None:
+            return
+        legal = th.as_tensor(masks, dtype=self._logits.dtype, device=self._logits.device)
+        self.proba_distribution(self._logits + (legal.view(self._logits.shape) - 1.0).mul_(_ILLEGAL))
+
+    def _normalise(self) -> None:
+        if self._logs is None:
+            with th.no_grad():
+                self._logs = th.log_softmax(self._logits, 1)
+                self._shares = th.softmax(self._logits, 1)
+
+    def log_prob(self, actions: th.Tensor) -> th.Tensor:
+        self._normalise()
+        chosen: th.Tensor = _LogProb.apply(self._logits, self._logs, self._shares, actions.long().view(-1, 1))
+        return chosen.view(-1)
+
+    def entropy(self) -> th.Tensor:
+        self._normalise()
+        entropy: th.Tensor = _Entropy.apply(self._logits, self._logs, self._shares)
+        return entropy
+
+    def sample(self) -> th.Tensor:
+        """The first action at which the probabilities add up to more than a uniform number."""
+        self._normalise()
+        sums = self._shares.cumsum(1)
+        at = th.rand(len(sums), 1, dtype=sums.dtype, device=sums.device) * sums[:, -1:]
+        return th.searchsorted(sums, at, right=True).view(-1).clamp_(max=self.action_dim - 1)
+
+    def mode(self) -> th.Tensor:
+        return self._logits.argmax(1)
+
+
+def _with_extractor(observation_space: spaces.Space[Any], keywords: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a policy, with SB3's extractor for observations in parts where they come in parts."""
+    if isinstance(observation_space, spaces.Dict):
+        keywords.setdefault("features_extractor_class", CombinedExtractor)
+    return keywords
+
+
+class Policy(ActorCriticPolicy):
+    """SB3's ActorCriticPolicy, quick."""
+
+    def __init__(
+        self, observation_space: Any, action_space: Any, lr_schedule: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        kwargs = _with_extractor(observation_space, kwargs)
+        super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
+        if isinstance(action_space, spaces.Discrete):
+            self.action_dist = QuickCategorical(int(action_space.n))
+
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Any:
+        if isinstance(self.action_dist, QuickCategorical):
+            return self.action_dist.proba_distribution(self.action_net(latent_pi))
+        return super()._get_action_dist_from_latent(latent_pi)
+
+
+class MaskablePolicy(MaskableActorCriticPolicy):
+    """sb3-contrib's MaskableActorCriticPolicy, quick."""
+
+    def __init__(
+        self, observation_space: Any, action_space: Any, lr_schedule: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        kwargs = _with_extractor(observation_space, kwargs)
+        super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
+        if isinstance(action_space, spaces.Discrete):
+            self.action_dist = QuickCategorical(int(action_space.n))
