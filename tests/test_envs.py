@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
+import inspect
 import itertools
 import pickle
+import re
 import subprocess
 import sys
 import warnings
@@ -23,7 +27,8 @@ import baselines
 from llmsched_env import InputError, Requests, envs, replay, scenarios
 from llmsched_env.envs import single
 from llmsched_env.envs.objective import Objective
-from llmsched_env.envs.options import Options
+from llmsched_env.envs.observation import GLOBAL_FEATURES, SLOT_FEATURES
+from llmsched_env.envs.options import NAMES, Options
 from llmsched_env.envs.wrappers import MaskInObservation
 
 IDS = [*envs.IDS]
@@ -94,7 +99,7 @@ def assert_same(a: Any, b: Any, where: str = "") -> None:
         assert a.keys() == b.keys(), where
         for key in a:
             assert_same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, tuple | list) or getattr(a, "dtype", None) == object:
+    elif isinstance(a, tuple | list) or (isinstance(a, np.ndarray) and a.dtype.hasobject):
         for i, (x, y) in enumerate(itertools.zip_longest(a, b)):
             assert_same(x, y, f"{where}/{i}")
     else:
@@ -415,10 +420,11 @@ def test_options_of_a_reset_of_many() -> None:
     many = gym.make_vec(DECISION, 2, num_requests=4)
     g = np.random.default_rng(0)
     given = scenarios.get("azure-conv", num_requests=5).resolve().draw(g)
-    for options in ({}, {"load": 2.0}, {}, {"seed": 3}, {}, {"num_requests": 5}, {"requests": given}, {}):
-        a, b = (each.reset(options=dict(options)) if options else each.reset() for each in (ones, many))
-        if not any(options):
-            a, b = (each.reset(seed=2) for each in (ones, many))
+    for each in (ones, many):
+        each.reset(seed=2)
+    changes = ({}, {"load": 2.0}, {}, {"seed": 3}, {}, {"num_requests": 5}, {"requests": given}, {})
+    for change in changes:
+        a, b = (each.reset(options=dict(change)) for each in (ones, many))
         assert_same(a[0], b[0])
         for _ in range(60):
             chosen = actions(many, g)
@@ -581,6 +587,42 @@ def test_a_mask_in_the_observation(env_id: str) -> None:
         observation, _, over, _, info = env.step(env.action_space.sample())
         if over:
             break
+
+
+# ---------------------------------------------------------------------- what is written
+
+
+@pytest.mark.parametrize("module", ["objective", "options", "single", "vector", "wrappers"])
+def test_examples_run(module: str) -> None:
+    assert doctest.testmod(importlib.import_module(f"llmsched_env.envs.{module}")).failed == 0
+
+
+def test_a_page_for_each_environment(env_id: str) -> None:
+    page = inspect.getdoc(type(make(env_id).unwrapped)) or ""
+    headings = [line[3:] for line in page.splitlines() if line.startswith("## ")]
+    assert headings == [
+        "Description",
+        "Action space",
+        "Observation space",
+        "Rewards",
+        "Starting state",
+        "Episode end",
+        "Arguments",
+        "Vectorised environment",
+        "Version history",
+        "References",
+    ]
+
+
+def test_the_page_has_all_there_is() -> None:
+    page = inspect.getdoc(single.DecisionEnv) or ""
+    rows = [line for line in page.splitlines() if re.match(r"\| \d+ \| `\w+`: ", line)]
+    features = [*enumerate(GLOBAL_FEATURES), *enumerate(SLOT_FEATURES)]
+    assert [row.split(":")[0] for row in rows] == [f"| {i} | `{name}`" for i, name in features]
+    arguments = page.split("## Arguments")[1].split("## Vec")[0]
+    for name in NAMES:
+        assert f"`{name}`" in arguments
+        assert name in (Options.__doc__ or "")
 
 
 # ---------------------------------------------------------------------- what is rewarded

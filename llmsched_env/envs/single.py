@@ -84,8 +84,7 @@ class SchedulingEnv(gym.Env[Any, Any]):
 
     def _set_up(self, problem: Problem, num_requests: int | None = None) -> None:
         """Memory for episodes of this problem."""
-        self.problem = problem
-        self.fleet = Fleet(
+        fleet = Fleet(
             self.kind,
             problem,
             self.options,
@@ -94,6 +93,8 @@ class SchedulingEnv(gym.Env[Any, Any]):
             autoreset=DISABLED,
             log_rows=_LOG_ROWS if self.records else 0,
         )
+        self.problem, self.fleet = problem, fleet
+        self._begun = False
         self._bind()
 
     def _bind(self) -> None:
@@ -354,7 +355,181 @@ class SchedulingEnv(gym.Env[Any, Any]):
 
 
 class DecisionEnv(SchedulingEnv):
-    """..."""
+    """The plan of an engine's next iteration, built by one small decision after the other.
+
+    ## Description
+
+    An engine serves requests to a large language model by continuous batching: in each iteration it computes
+    some tokens of some prompts (prefill chunks), one token for each request that is being answered (decodes),
+    and all of them keep their keys and values in a KV cache of limited size, cut into blocks. Requests arrive
+    over time and wait in a queue. Before each iteration the agent builds its plan: whom to admit, with how
+    many tokens, whom to preempt; then it runs the plan, and time passes, as long as a cost model fitted to a
+    GPU says. Decodes are in the plan from the start. States in which only one action is legal are passed
+    through without asking, so that each step is a decision.
+
+    The dynamics are those of `llmsched_env.simulate`, and `baselines.expert` offers its schedulers as
+    policies.
+
+    ## Action space
+
+    `Discrete(2 + (W + R) L + R)`, with W waiting slots, R running slots and L chunk levels, the last of which
+    is all that fits:
+
+    | Action | Number | Legal if |
+    | :-- | :-- | :-- |
+    | RUN the plan | 0 | there is something in it, or nothing else can be done |
+    | HOLD the decodes, until the next plan | 1 | others have tokens, or could have them then |
+    | ADMIT waiting slot k with level l | 2 + k L + l | a seat, budget and KV blocks are free |
+    | CHUNK of the prefill in running slot r with level l | 2 + (W + r) L + l | it has none in the plan |
+    | PREEMPT running slot r | 2 + (W + R) L + r | somebody waits or lacks KV blocks (`preempt`) |
+
+    A level is legal if more tokens than it would fit, so that each outcome has one action. If decodes find no
+    KV block for their next tokens, somebody must be preempted, and only that is legal. Who is preempted loses
+    what was computed and waits again.
+
+    Illegal actions are taken as the first legal one, and counted. `info["action_mask"]` is int8, as
+    `action_space.sample(mask=...)` takes it, `action_masks()` the same as bool; see also
+    `llmsched_env.envs.wrappers.MaskInObservation`. At the end of an episode all actions are legal.
+
+    ## Observation space
+
+    `Dict` of float32 Boxes with `engine` (20,), `waiting` (12 W,) and `running` (12 R,), the latter with 12
+    numbers for each slot, slot by slot (`reshape(-1, 12)`), 0 where a slot is empty; or all of them in one
+    Box, in this order (`observation="flat"`). A number x is normalised as a share x / b where b is the most
+    it can be, and else as x / (|x| + b), so that all lie in [0, 1], and `slack` in [-1, 1].
+
+    | `engine` | | b |
+    | --: | :-- | :-- |
+    | 0 | `kv_used`: KV blocks in use, those of the plan included | share of all |
+    | 1 | `budget_left`: tokens that the plan leaves | share of the token budget |
+    | 2 | `seats_used`: running requests | share of the most |
+    | 3 | `waiting`: waiting requests | 16 |
+    | 4 | `waiting_tokens`: prefill tokens of the visible waiting requests | 4096 |
+    | 5 | `running`: running requests | 16 |
+    | 6 | `hidden_waiting`: waiting requests beyond the slots | 16 |
+    | 7 | `hidden_running`: running requests beyond the slots | 16 |
+    | 8 | `hidden_kv`: KV blocks of the latter | share of all |
+    | 9 | `planned_prefill`: prefill tokens in the plan | share of the token budget |
+    | 10 | `planned_decodes`: decodes in the plan | share of the most running requests |
+    | 11 | `planned_requests`: requests with a prefill chunk in the plan | 4 |
+    | 12 | `planned_time`: seconds that the plan would take | 0.05 |
+    | 13 | `held`: 1 if the decodes are kept out of the plan | 1 |
+    | 14 | `forced`: 1 if somebody must be preempted | 1 |
+    | 15 | `victims`: requests preempted in this plan | 4 |
+    | 16 | `arrivals`: a time scale's worth, at the rate over the window | 1 |
+    | 17 | `departures`: likewise of finished requests | 1 |
+    | 18 | `iteration_time`: seconds of the last iteration | 0.05 |
+    | 19 | `elapsed`: seconds since the episode began | 10 time scales |
+
+    | slot | | b |
+    | --: | :-- | :-- |
+    | 0 | `present`: 1 if there is a request | 1 |
+    | 1 | `prefill_left`: tokens left of its prefill | 512 |
+    | 2 | `context`: its tokens in the KV cache | 1024 |
+    | 3 | `generated`: tokens of its answer so far | 256 |
+    | 4 | `expected_left`: tokens of its answer still expected, as `length_info` allows; 0: unknown | 256 |
+    | 5 | `age`: seconds since it arrived | time scale |
+    | 6 | `slack`: seconds until its next token is due, below 0 if it is late; 1: no target | time scale |
+    | 7 | `class`: number of its class | 1 |
+    | 8 | `preemptions`: how often it was preempted | 1 |
+    | 9 | `refill`: seconds to compute its KVs anew | 0.1 time scales |
+    | 10 | `granted`: tokens in the plan | share of the token budget |
+    | 11 | `blocks`: KV blocks that it holds | share of all |
+
+    The time scale is what a request of mean size takes when it is alone. Of an answer's length no more is
+    visible, before it ends, than `length_info` says.
+
+    ## Rewards
+
+    With `objective="latency"` the reward is minus the requests in the system, integrated over the time that
+    the step takes and scaled: by Little's law the rewards of an episode add up to minus the sum of all
+    latencies, in time scales, by the number of requests. Other objectives, and weighted sums, are in
+    `llmsched_env.envs.objective`, each with what it adds up to. Steps that take no time bring 0, except
+    through fairness. The first step of an episode also brings what came before its decision.
+
+    Steps take unequal times, `info["dt"]` in seconds. With a `discount_rate` (1/s), rewards are discounted
+    within a step, and an agent that discounts by exp(-rate dt) from step to step solves the semi-Markov
+    problem.
+
+    When an episode ends, `info["metrics"]` has its raw figures: mean latency, goodput, throughput and so on
+    (`Fleet.metrics`), and a `score` from 0 to 1 that tells how near the mean latency is to that of requests
+    which each have an engine of their own.
+
+    ## Starting state
+
+    An idle engine at time 0, and requests drawn anew from the scenario by a seed that `np_random` gives,
+    `episode_seed`. `reset(options=...)` takes `scenario` and any of its settings (such as `load`,
+    `num_requests`, `kv_blocks`), which hold from then on, and for one episode `seed`, to see it again, or
+    `requests`, a `Requests` of one's own.
+
+    ## Episode end
+
+    Termination: all requests are served. Truncation: the scenario's `horizon_s` is reached (an endless stream
+    is cut there), or `max_episode_steps`.
+
+    ## Arguments
+
+    ```python
+    import gymnasium as gym
+
+    env = gym.make("llmsched_env:llmsched/Decision-v0", scenario="azure-conv", load=1.2, running_slots=32)
+    ```
+
+    | Argument | Default | |
+    | :-- | :-- | :-- |
+    | `scenario` | "azure-conv" | a name (`scenarios.names()`), a `Scenario`, or a YAML file |
+    | any setting of a scenario | | `load`, `rate`, `num_requests`, `kv_blocks`, `profile`, `horizon_s`, ... |
+    | `waiting_slots`, `running_slots` | 16, 16 | visible requests, up to 64 each |
+    | `waiting_order` | "arrival" | which waiting requests are visible, in which order |
+    | `running_order` | "newest" | likewise running ones |
+    | `chunk_levels` | (128, 256, 512) | tokens of a chunk, beside all that fits |
+    | `length_info` | "predicted" | what is known of lengths: "oracle", "predicted", "class", "none" |
+    | `objective` | "latency" | a name, weights by name, or an `Objective` |
+    | `observation` | "dict" | or "flat" |
+    | `skip_forced` | True | whether states with a single legal action are passed through |
+    | `work_conserving` | False | whether RUN is legal only when nobody else can be given tokens |
+    | `preempt` | "free" | "forced": only if it has to be |
+    | `readmit` | False | whether who is preempted may be admitted again in the same plan |
+    | `idle` | False | whether RUN may wait for an arrival with nothing planned |
+    | `hold` | "chunk" | what an admission reserves KV cache for |
+    | `discount_rate` | 0.0 | 1/s |
+    | `rate_window_s` | None | of the rates observed; None: 10 time scales |
+    | `render_mode` | None | "rgb_array", "human", "ansi" |
+    | `record` | False | whether to keep the schedule, for `result()`, Gantt charts and traces |
+
+    `Options` describes them in full. A misspelt one is an error with the nearest match.
+
+    ## Vectorised environment
+
+    `gym.make_vec("llmsched/Decision-v0", num_envs=256)` is a native one: all environments advance in one
+    compiled call, each to the last bit as the scalar one with its seed. It takes the same arguments (except
+    `render_mode` and `record`), and `autoreset_mode`, `num_threads`, `max_episode_steps` and `copy`; see
+    `llmsched_env.envs.vector.SchedulingVectorEnv`.
+
+    >>> import gymnasium as gym
+    >>> import numpy as np
+    >>> env = gym.make("llmsched/Decision-v0", scenario="toy")
+    >>> observation, info = env.reset(seed=0)
+    >>> over = False
+    >>> while not over:  # the first request that could be admitted, or else RUN
+    ...     legal = np.flatnonzero(info["action_mask"])
+    ...     observation, reward, over, _, info = env.step(legal[legal > 0][0] if legal[-1] > 0 else 0)
+    >>> info["metrics"]["finished"]
+    6
+
+    ## Version history
+
+    * v0: first version
+
+    ## References
+
+    * G. Yu et al., Orca: a distributed serving system for Transformer-based generative models, OSDI 2022
+    * W. Kwon et al., Efficient memory management for large language model serving with PagedAttention,
+      SOSP 2023
+    * A. Agrawal et al., Taming throughput-latency tradeoff in LLM inference with Sarathi-Serve, OSDI 2024
+    * K. Kim et al., The effect of scheduling and preemption on the efficiency of LLM inference serving,
+      arXiv 2411.07447
+    """
 
     kind = DECISION
 
@@ -376,7 +551,77 @@ class DecisionEnv(SchedulingEnv):
 
 
 class BatchEnv(SchedulingEnv):
-    """..."""
+    """The plan of an engine's next iteration in one step: what each visible request gets.
+
+    ## Description
+
+    The engine of `DecisionEnv`; but a step is a whole iteration, and its action says at once what becomes of
+    each visible request. What does not fit together is resolved by a fixed rule, so that every action is a
+    plan that can be run.
+
+    ## Action space
+
+    `MultiDiscrete([L + 2] * (W + R))`, one entry for each visible slot, the W waiting ones and then the R
+    running ones, with L chunk levels, the last of which is all that fits:
+
+    | Choice | Number | |
+    | :-- | :-- | :-- |
+    | SKIP | 0 | no tokens in this iteration |
+    | RUN | 1 | a decode gets its token, a prefill or an admission all tokens that fit |
+    | LEVEL l, for l < L - 1 | 2 + l | as RUN, with at most so many tokens |
+    | PREEMPT | L + 1 | running slots only |
+
+    Preemptions come first, then the running requests, then the admissions, in slot order; each gets what the
+    token budget, the seats and the KV blocks then allow. Running requests beyond the visible ones go on as if
+    they said RUN. A plan that would come out empty, though somebody could be served, is mended: see
+    `llmsched_env.envs.batch`, which has the whole rule. An entry that is not legal counts as SKIP.
+
+    `info["action_mask"]` is a tuple of int8 arrays, one for each entry, as `action_space.sample(mask=...)`
+    takes it; `action_masks()` is the same in one bool array, one entry after the other.
+
+    ## Observation space
+
+    That of `DecisionEnv`. Nothing is planned when it is observed.
+
+    ## Rewards
+
+    Those of `DecisionEnv`.
+
+    ## Starting state
+
+    That of `DecisionEnv`.
+
+    ## Episode end
+
+    That of `DecisionEnv`.
+
+    ## Arguments
+
+    Those of `DecisionEnv`, without `readmit` and `work_conserving`. With `skip_forced`, iterations in which
+    all can only decode, and all fit, are no steps.
+
+    ## Vectorised environment
+
+    `gym.make_vec("llmsched/Batch-v0", num_envs=256)` is a native one, as with `DecisionEnv`. Its masks lie
+    flat, (num_envs, (W + R) (L + 2)).
+
+    >>> import gymnasium as gym
+    >>> env = gym.make("llmsched/Batch-v0", scenario="toy")
+    >>> observation, info = env.reset(seed=0)
+    >>> over = False
+    >>> while not over:
+    ...     *_, over, _, info = env.step([1] * 32)  # everybody runs who can
+    >>> info["metrics"]["finished"]
+    6
+
+    ## Version history
+
+    * v0: first version
+
+    ## References
+
+    Those of `DecisionEnv`.
+    """
 
     kind = BATCH
 
@@ -392,7 +637,79 @@ class BatchEnv(SchedulingEnv):
 
 
 class DispatchEnv(SchedulingEnv):
-    """..."""
+    """The settings of a scheduling routine, chosen anew for each iteration.
+
+    ## Description
+
+    The engine of `DecisionEnv`; but its plans are made by the one scheduling routine that the schedulers of
+    real systems are settings of, and the agent chooses the settings. It decides among heuristics, so to
+    speak: easy to learn, and easy to use in a real engine.
+
+    ## Action space
+
+    `MultiDiscrete([5, L, 4, 3, 4])`, with L chunk levels, the last of which is all:
+
+    | Entry | Choices |
+    | :-- | :-- |
+    | order of the queue | 0 first come first served, 1 shortest predicted output first, |
+    | | 2 least predicted KV area, 3 shortest prompt, 4 earliest deadline |
+    | budget of tokens | l: the tokens of that chunk level; the last: the engine's token budget |
+    | mixing | 0 running requests, then admissions; 1 prefills, and decodes if there are none; |
+    | | 2 decodes, then prefills and admissions; 3 decodes, and prefills if there are none |
+    | victim, if KV blocks run out | 0 the newest, 1 who has the fewest KVs, 2 the most |
+    | reservation at admission | 0 the chunk, 1 all known tokens, 2 the predicted length, 3 the model length |
+
+    Settings that need predictions are not legal without (`length_info="none"`). In place of an entry that is
+    not legal stands the first that is. vLLM V1, SRF, Sarathi-Serve, Orca and others are constant actions, see
+    `llmsched_env.envs.dispatch`.
+
+    `info["action_mask"]` is a tuple of int8 arrays, one for each entry, as `action_space.sample(mask=...)`
+    takes it; `action_masks()` is the same in one bool array, one entry after the other.
+
+    ## Observation space
+
+    That of `DecisionEnv`. Nothing is planned when it is observed, and waiting requests are in the order of
+    the last action.
+
+    ## Rewards
+
+    Those of `DecisionEnv`.
+
+    ## Starting state
+
+    That of `DecisionEnv`.
+
+    ## Episode end
+
+    That of `DecisionEnv`.
+
+    ## Arguments
+
+    Those of `DecisionEnv`, without `waiting_order`, `hold`, `preempt`, `readmit`, `idle` and
+    `work_conserving`. With `skip_forced`, iterations in which all settings give the same plan are no steps.
+
+    ## Vectorised environment
+
+    `gym.make_vec("llmsched/Dispatch-v0", num_envs=256)` is a native one, as with `DecisionEnv`. Its masks lie
+    flat, (num_envs, L + 16).
+
+    >>> import gymnasium as gym
+    >>> env = gym.make("llmsched/Dispatch-v0", scenario="toy", length_info="oracle")
+    >>> observation, info = env.reset(seed=0)
+    >>> over = False
+    >>> while not over:
+    ...     *_, over, _, info = env.step([1, 3, 0, 0, 0])  # the shortest first, which is optimal here
+    >>> info["metrics"]["latency_s"]
+    20.0
+
+    ## Version history
+
+    * v0: first version
+
+    ## References
+
+    Those of `DecisionEnv`.
+    """
 
     kind = DISPATCH
 

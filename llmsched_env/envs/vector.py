@@ -120,11 +120,9 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _set_up(self, problem: Problem) -> None:
         """Memory for episodes of this problem."""
+        fleet = Fleet(self.kind, problem, self.options, self.num_envs, autoreset=_MODES[self.autoreset_mode])
         self.close_extras()
-        self.problem = problem
-        self.fleet = Fleet(
-            self.kind, problem, self.options, self.num_envs, autoreset=_MODES[self.autoreset_mode]
-        )
+        self.problem, self.fleet = problem, fleet
         self._begun = False
 
     # ------------------------------------------------------------------ episodes
