@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import gc
 import importlib
 import inspect
 import itertools
@@ -11,6 +12,8 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -134,6 +137,20 @@ def test_it_is_found_by_its_module_in_a_new_process() -> None:
     code = "import gymnasium as g; print(g.make('llmsched_env:llmsched/Decision-v0').reset(seed=0)[1]['dt'])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) > 0
+
+
+@pytest.mark.slow
+def test_it_is_made_in_processes_that_are_spawned() -> None:
+    many = gym.make_vec(
+        f"llmsched_env:{DECISION}",
+        2,
+        vectorization_mode="async",
+        vector_kwargs={"context": "spawn"},
+        num_requests=4,
+    )
+    native = gym.make_vec(DECISION, 2, num_requests=4)
+    assert_same(many.reset(seed=0)[0], native.reset(seed=0)[0])
+    many.close()
 
 
 def test_importing_twice_registers_once(recwarn: pytest.WarningsRecorder) -> None:
@@ -343,6 +360,38 @@ def test_threads_and_shared_memory_change_nothing(env_id: str) -> None:
             assert_same(steps[0][1:4], step[1:4])
     for each in kinds:
         each.close()
+
+
+def test_threads_go_home() -> None:
+    def helpers() -> int:
+        return sum(thread.name == "llmsched step" for thread in threading.enumerate())
+
+    for end in (lambda many: many.close(), lambda many: many.reset(options={"load": 0.5}), lambda many: None):
+        many = gym.make_vec(DECISION, 20, num_threads=3)
+        many.reset(seed=0)
+        many.step(np.zeros(20, int))
+        assert helpers() == 2
+        end(many)
+        del many
+        gc.collect()
+        for _ in range(100):
+            if helpers() == 0:
+                break
+            time.sleep(0.05)
+        assert helpers() == 0
+
+
+def test_gymnasiums_wrappers_take_many() -> None:
+    many = gym.make_vec(DECISION, 3, scenario="toy", autoreset_mode="same-step")
+    wrapped = gym.wrappers.vector.RecordEpisodeStatistics(many)
+    wrapped.reset(seed=0)
+    g = np.random.default_rng(0)
+    for _ in range(200):
+        *_, infos = wrapped.step(actions(many, g))
+        if "episode" in infos:
+            break
+    i = int(np.argmax(infos["_episode"]))
+    assert infos["episode"]["r"][i] == pytest.approx(infos["final_info"]["metrics"]["return"][i], rel=1e-9)
 
 
 def test_what_is_not_copied_is_the_same_memory() -> None:

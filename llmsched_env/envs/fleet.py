@@ -72,29 +72,35 @@ def _write(  # type: ignore[no-untyped-def]
     """
     env = env_at(span(table), lane)
     s, v = env.template, env.v
-    alone = 0.0
-    v.drawn = 0
+    # Declared maxima that are the true lengths would tell them, through what is reserved: nobody knows any then.
+    telling = v.length_info != _ORACLE
     for r in range(len(arrival)):
+        telling &= declared[r] == output[r]
+    for r in range(len(arrival)):  # nothing is written unless all is well
         room = s.max_model_len - prompt[r]
         if room < 1:
             return _TOO_LONG, r, 0.0
-        limit = min(declared[r], room)
-        stop = min(output[r], limit)
-        held = prompt[r] + stop - 1
+        limit = room if telling else min(declared[r], room)
+        held = prompt[r] + min(output[r], limit) - 1
         if s.hold == _DECLARED:
             held = prompt[r] + limit - 1
         elif s.hold == _MODEL_LEN:
             held = s.max_model_len
         if held > s.kv_blocks * s.block_size:
             return _NO_BLOCKS, r, 0.0
+        if v.length_info > _CLASS and v.length_info != _ORACLE and np.isnan(predicted[r]):
+            return _UNPREDICTED, r, 0.0
+    alone = 0.0
+    for r in range(len(arrival)):
+        room = s.max_model_len - prompt[r]
+        limit = room if telling else min(declared[r], room)
+        stop = min(output[r], limit)
         if v.length_info == _NONE:
             told = np.nan
         elif v.length_info == _CLASS:
             told = v.class_means[min(class_id[r], MOST_CLASSES - 1)]
         elif v.length_info == _ORACLE:
             told = np.float64(stop)
-        elif np.isnan(predicted[r]):
-            return _UNPREDICTED, r, 0.0
         else:
             told = predicted[r]
         d = env.pool[r]
@@ -317,11 +323,11 @@ class Fleet:
         done = {name: self.bank.lane[f"done_{name}"][lanes] for name in _DONE}
         clock, latency = done["clock"], done["latency"]
         finished = done["finished"]
-        some = np.maximum(latency, np.finfo(float).tiny)
+        alone = self.alone[lanes]
         fair = self.options.objective.fairness != 0
         return {
             "return": done["return"],
-            "score": finished / self.num_requests * np.minimum(1.0, self.alone[lanes] / some),
+            "score": finished / self.num_requests * alone / np.maximum(latency, alone),
             "latency_s": latency,
             "goodput": done["goodput"],
             "throughput_tps": done["tokens"] / np.maximum(clock, np.finfo(float).tiny),
