@@ -210,8 +210,9 @@ def test_a_step_before_the_first_reset_is_an_error(env_id: str) -> None:
         many.step(many.action_space.sample())
 
 
-def test_any_action_is_a_step(env_id: str) -> None:
-    env = make(env_id, num_requests=6, disable_env_checker=True)
+@pytest.mark.parametrize("record", [False, True])
+def test_any_action_is_a_step(env_id: str, record: bool) -> None:
+    env = make(env_id, num_requests=6, disable_env_checker=True, record=record)
     env.reset(seed=0)
     wild = [-1, 10**9, -(2**40)]
     for value in wild:

@@ -117,7 +117,8 @@ class Anything(RuleBasedStateMachine):
         self.clock = float(s["clock"])
         assert req["blocks"].sum() + s["free"] == s["kv_blocks"]
         assert (req["generated"] <= req["stop"]).all()
-        assert all(np.any(part) for part in [self.info["action_mask"]])
+        mask = self.info["action_mask"]
+        assert all(np.any(part) for part in (mask if isinstance(mask, tuple) else (mask,)))
 
     def teardown(self) -> None:
         if hasattr(self, "env"):

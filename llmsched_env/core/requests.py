@@ -124,7 +124,9 @@ class Requests:
             "is below output_tokens; an answer cannot pass its maximum",
         )
         self._require(
-            ~(self.predicted_tokens <= 0), "predicted_tokens", "must be positive, or nan for no prediction"
+            ~(self.predicted_tokens <= 0) & (self.predicted_tokens != np.inf),
+            "predicted_tokens",
+            "must be positive and finite, or nan for no prediction",
         )
         for name in ("client", "class_id"):
             self._require(getattr(self, name) >= 0, name, "must not be negative; number them from 0")
@@ -166,7 +168,7 @@ def _valid(  # type: ignore[no-untyped-def]
     for i in range(len(arrival)):
         good = before <= arrival[i] < np.inf
         good &= 1 <= prompt[i] <= _LARGEST and 1 <= output[i] <= _LARGEST and declared[i] >= output[i]
-        good &= not predicted[i] <= 0.0 and client[i] >= 0 and class_id[i] >= 0
+        good &= not predicted[i] <= 0.0 and predicted[i] != np.inf and client[i] >= 0 and class_id[i] >= 0
         good &= ttft[i] > 0.0 and tpot[i] > 0.0
         if not good:
             return False

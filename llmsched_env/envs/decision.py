@@ -324,7 +324,7 @@ def decide(env: Env, given: Any, lane: int) -> None:
     if action < 0 or action >= len(env.mask) or env.mask[action] == 0:
         v.illegal += 1
         action = RUN
-        while env.mask[action] == 0:
+        while env.mask[action] == 0 and action < len(env.mask) - 1:
             action += 1
     v.last_action = action
     apply(env, action)

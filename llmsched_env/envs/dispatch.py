@@ -326,7 +326,7 @@ def _part(env: Env, choice: int, first: int, size: int) -> int:
     if 0 <= choice < size and env.mask[first + choice] != 0:
         return choice
     k = 0
-    while env.mask[first + k] == 0:
+    while env.mask[first + k] == 0 and k < size - 1:
         k += 1
     return k
 

@@ -110,14 +110,15 @@ def _spend(env: Env, seconds: float, requests: float) -> None:
     """`seconds` pass, at whose beginning so many requests are in the system."""
     v = env.v
     v.request_seconds += requests * seconds
-    v.terms[MAKESPAN] -= seconds / v.unit_time
     v.dt += seconds
     beta = v.discount_rate
+    worth = seconds  # discounted
     if beta > 0.0:
-        v.terms[LATENCY] -= requests * v.factor * -np.expm1(-beta * seconds) / beta / v.unit_time
+        worth = v.factor * -np.expm1(-beta * seconds) / beta
         v.factor *= np.exp(-beta * seconds)
-    else:
-        v.terms[LATENCY] -= requests * seconds / v.unit_time
+    v.terms[LATENCY] -= requests * worth / v.unit_time
+    v.terms[MAKESPAN] -= worth / v.unit_time
+    v.mean_factor = worth / seconds if seconds > 0.0 else v.factor
 
 
 @njit
@@ -182,7 +183,7 @@ def run_iteration(env: Env) -> None:
             q = e.req[e.plan[k]]
             if q.status == _FINISHED and q.finish == s.clock:
                 _judge(env, q)
-    _sum_up(env, start, busy, output, finished)
+    _sum_up(env, start, busy, output, finished, v.factor)
 
 
 @njit
@@ -210,17 +211,17 @@ def decode_on(env: Env) -> bool:
             if q.status == _FINISHED:
                 _before_now(env, s.clock - q.finish, -1.0)
                 _judge(env, q)
-    _sum_up(env, start, busy, output, finished)
+    _sum_up(env, start, busy, output, finished, v.mean_factor)  # they came out one after the other
     return True
 
 
 @njit(forceinline=True)
-def _sum_up(env: Env, start: float, busy: float, output: int, finished: int) -> None:
-    """What an iteration, or several, have brought since."""
+def _sum_up(env: Env, start: float, busy: float, output: int, finished: int, worth: float) -> None:
+    """What an iteration, or several, have brought since; a token of theirs is worth so much, discounted."""
     e, v = env.e, env.v
     s = e.s
-    v.terms[GPU_TIME] -= (s.busy - busy) / v.unit_time
-    v.terms[THROUGHPUT] += (s.total_generated - output) / v.unit_tokens
+    v.terms[GPU_TIME] -= v.mean_factor * (s.busy - busy) / v.unit_time
+    v.terms[THROUGHPUT] += worth * (s.total_generated - output) / v.unit_tokens
     fade = np.exp(-(s.clock - start) / v.rate_window)
     v.arrival_rate *= fade
     v.departure_rate = v.departure_rate * fade + (s.num_finished - finished) / v.rate_window
@@ -234,7 +235,8 @@ def _judge(env: Env, q) -> None:  # type: ignore[no-untyped-def]
     tpot = (q.finish - q.first_token) / (q.generated - 1) if q.generated > 1 else 0.0
     if ttft <= q.ttft_target and tpot <= q.tpot_target:
         v.met += 1
-        v.terms[GOODPUT] += 1.0 / len(env.e.req)
+        ago = env.e.s.clock - q.finish
+        v.terms[GOODPUT] += v.factor * np.exp(v.discount_rate * ago) / len(env.e.req)
 
 
 @njit
@@ -249,7 +251,7 @@ def _serve(env: Env) -> None:
         total += v.service[c]
         squares += v.service[c] * v.service[c]
     fairness = total * total / (v.num_clients * squares) if squares > 0.0 else 1.0
-    v.terms[FAIRNESS] += fairness - v.fairness
+    v.terms[FAIRNESS] += v.factor * (fairness - v.fairness)
     v.fairness = fairness
 
 
@@ -264,6 +266,7 @@ def over(env: Env) -> bool:
     if s.num_finished + s.num_dropped == len(e.req):
         v.terminated = 1
     elif s.clock >= v.horizon:
+        see_arrivals(env)  # those who came in the last iteration have been in the system, too
         v.truncated = 1
     else:
         return False

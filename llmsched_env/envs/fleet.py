@@ -72,7 +72,7 @@ def _write(  # type: ignore[no-untyped-def]
     """
     env = env_at(span(table), lane)
     s, v = env.template, env.v
-    # Declared maxima that are the true lengths would tell them, through what is reserved: nobody knows any then.
+    # Declared maxima that are the true lengths would tell them, through what is reserved: none is known then.
     telling = v.length_info != _ORACLE
     for r in range(len(arrival)):
         telling &= declared[r] == output[r]

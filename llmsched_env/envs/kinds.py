@@ -81,8 +81,6 @@ def _harvest(table, out, first: int, stop: int, max_steps: int) -> int:  # type:
                 if v.phase != OVER:
                     v.phase = OVER
                     close(env)
-                    for i in range(len(env.mask)):
-                        env.mask[i] = 1
         elif v.was_reset == 0 or v.autoreset == NEXT_STEP:  # it stays as it ended, or has begun anew
             out[REWARD, lane] = 0.0
             out[DT, lane] = 0.0

@@ -116,6 +116,7 @@ LANE = np.dtype(
         ("truncated", "i8"),
         ("dt", "f8"),
         ("factor", "f8"),  # of the continuous discount at this point of the step
+        ("mean_factor", "f8"),  # over the time that passed last
         ("terms", "f8", (TERMS,)),  # the reward by objective, unweighted
         # -- the episode --
         ("drawn", "i8"),  # whether `pool` holds the next episode

@@ -715,6 +715,7 @@ class DispatchEnv(SchedulingEnv):
 
     def _say(self, waiting: NDArray[np.int32], running: NDArray[np.int32]) -> tuple[str, int | None]:
         levels = (*map(str, self.options.chunk_levels), "all")
-        order, budget, mixing, victim, reserve = self._actions[0].tolist()
-        words = (Queue(order), levels[budget], Mixing(mixing), VICTIMS[victim], Reserve(reserve))
-        return ", ".join(str(getattr(word, "name", word)).lower() for word in words), None
+        choices = (tuple(Queue), levels, tuple(Mixing), VICTIMS, tuple(Reserve))
+        taken = np.unravel_index(self.fleet.bank.lane["last_action"][0], [len(words) for words in choices])
+        said = [words[i] for words, i in zip(choices, taken, strict=True)]  # type: ignore[index]
+        return ", ".join(str(getattr(word, "name", word)).lower() for word in said), None
