@@ -537,7 +537,7 @@ class DecisionEnv(SchedulingEnv):
         action = int(self.fleet.bank.lane["last_action"][0])
         if action < 2:
             return ("RUN", "HOLD the decodes")[action], None
-        levels = (*map(str, self.options.chunk_levels), "all that fits")
+        levels = (*(f"{tokens} tokens" for tokens in self.options.chunk_levels), "all that fits")
         slot, level = divmod(action - 2, len(levels))
         most = self.options.waiting_slots
         if slot < most:
@@ -717,5 +717,7 @@ class DispatchEnv(SchedulingEnv):
         levels = (*map(str, self.options.chunk_levels), "all")
         choices = (tuple(Queue), levels, tuple(Mixing), VICTIMS, tuple(Reserve))
         taken = np.unravel_index(self.fleet.bank.lane["last_action"][0], [len(words) for words in choices])
-        said = [words[i] for words, i in zip(choices, taken, strict=True)]  # type: ignore[index]
-        return ", ".join(str(getattr(word, "name", word)).lower() for word in said), None
+        said = [words[i] for words, i in zip(choices, taken, strict=True)]
+        parts = ("order", "budget", "mixing", "victim", "reserve")
+        pairs = zip(parts, (str(getattr(word, "name", word)).lower() for word in said), strict=True)
+        return ", ".join(f"{part} {word}" for part, word in pairs), None
