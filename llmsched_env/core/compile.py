@@ -19,7 +19,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _numba: Any = numba.config
 _PACKAGE = Path(__file__).resolve().parents[1]
-_KEPT = 20  # caches of as many versions of the package stay on disk
+_KEPT = 6  # caches of as many versions of the package stay on disk
 
 
 @overload
