@@ -100,10 +100,11 @@ class Schedule:
             raise InputError(
                 f"{path}: not a schedule file ({error}); give one that Schedule.save wrote"
             ) from None
-        schedule._check(path)
+        schedule.check(path)
         return schedule
 
-    def _check(self, path: str | Path) -> None:
+    def check(self, path: str | Path) -> None:
+        """Raise an `InputError` that names the file `path` if the arrays do not fit together."""
         whole = (
             self.start_s.shape == self.ends.shape
             and self.requests.shape == self.tokens.shape
