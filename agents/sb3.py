@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from llmsched_env.errors import InputError
 
 try:
+    from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.monitor import Monitor
     from stable_baselines3.common.vec_env import VecEnv
 except ImportError:
@@ -221,6 +222,21 @@ class SB3VecEnv(VecEnv):
 
     def _indices(self, indices: int | Iterable[int] | None) -> list[int]:
         return [int(i) for i in self._get_indices(indices)]
+
+
+class StopAfter(BaseCallback):
+    """Stop training after some seconds, for `learn(..., callback=StopAfter(60))`."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self._until = 0.0
+
+    def _on_training_start(self) -> None:
+        self._until = time.perf_counter() + self.seconds
+
+    def _on_step(self) -> bool:
+        return time.perf_counter() < self._until
 
 
 class _Nothing(dict[str, Any]):
