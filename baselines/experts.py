@@ -1,4 +1,4 @@
-"""Experts: the named schedulers, answering with the environments' own actions.
+"""Experts: the named schedulers, and schedules, answering with the environments' own actions.
 
     env = gym.make("llmsched/Decision-v0", scenario="azure-conv")
     expert = baselines.expert("vllm-v1")
@@ -12,11 +12,15 @@ An episode driven by an expert has the finish times that `simulate` gives for it
 an engine of its own that its scheduler drives, iteration by iteration, and translates each plan. Where
 somebody else has acted, it starts anew from the state of the environment, so that it can be asked at any time
 (as a teacher is).
+
+The expert of a schedule, such as the optimum that `baselines.optimal` found, drives its engine by that
+schedule and so repeats it action by action: a demonstration to imitate. It knows nothing of states beside its
+path.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,12 +28,13 @@ from numpy.typing import NDArray
 from baselines.registry import get
 from llmsched_env.core import queue
 from llmsched_env.core.compile import njit
-from llmsched_env.core.engine import FINISHED, FUTURE, RUNNING, WAITING, Place, enter_queue
+from llmsched_env.core.engine import FINISHED, FUTURE, RUNNING, WAITING, Place, enter_queue, evict, grant
 from llmsched_env.core.facts import blocks_for
 from llmsched_env.core.lanes import LaneSpec, make_lanes
 from llmsched_env.core.requests import Requests
 from llmsched_env.core.run import ITERATION as _ROW
 from llmsched_env.core.run import READY, Log, after_plan, before_plan
+from llmsched_env.core.schedule import Schedule
 from llmsched_env.core.span import copy_record, span
 from llmsched_env.core.state import Lanes, engine_at
 from llmsched_env.envs import dispatch
@@ -37,13 +42,17 @@ from llmsched_env.envs.episode import FORCED
 from llmsched_env.envs.lane import env_at
 from llmsched_env.errors import InputError
 from llmsched_env.scheduling import ENGINE, Scheduler, plan
+from llmsched_env.simulation import replay
+
+if TYPE_CHECKING:
+    from baselines.optimal import Solution
 
 _KEY, _END = int(Place.KEY), int(Place.END)
 _NEVER = 2**62
 _EPISODE, _PLANNED = 0, 1  # what is kept of each lane: the episode it follows, whether its plan is made
 
 # Why a plan cannot be said in actions.
-_TOKENS, _HIDDEN, _ILLEGAL, _PARTIAL, _BACK, _SWAP, _STOPPED = range(-1, -8, -1)
+_TOKENS, _HIDDEN, _ILLEGAL, _PARTIAL, _BACK, _SWAP, _STOPPED, _FORCED, _IDLES, _LEFT = range(-2, -12, -1)
 _WHY = {
     _TOKENS: "it gives request {r} {n} tokens, which is no chunk level and not all that fits; change "
     "chunk_levels or token_budget",
@@ -51,10 +60,24 @@ _WHY = {
     "(waiting_order, running_order)",
     _ILLEGAL: "what it does with request {r} is not allowed here; check the options preempt, hold and idle",
     _PARTIAL: "it lets some requests decode and passes over request {r}; here all decode, or none",
-    _BACK: "it preempts request {r} and admits it again in the same iteration; add readmit=True",
+    _BACK: "it preempts request {r} and admits it again in the same iteration; Decision-v0 can with "
+    "readmit=True, Batch-v0 cannot",
     _SWAP: "it swaps request {r}; here preempted requests are recomputed",
     _STOPPED: "it has no plan, as if nobody were left to serve",
+    _FORCED: "decodes find no KV block, so that somebody must be preempted here, and it preempts nobody",
+    _IDLES: "it idles, which is possible here until the next arrival (and with idle=True)",
+    _LEFT: "the episode is not where it would be; somebody else has acted, or a step was passed through in "
+    "which it does what is not legal (make it with skip_forced=False to see where)",
 }
+
+
+class _Rows(NamedTuple):
+    """The arrays of a `Schedule`; of length 0: none is followed."""
+
+    start_s: Any
+    ends: Any
+    requests: Any
+    tokens: Any
 
 
 # ---------------------------------------------------------------------- the scheduler's own engine
@@ -134,8 +157,29 @@ def _copy(lanes: Lanes, lane: int, table, template) -> None:  # type: ignore[no-
 
 
 @njit
+def _plan(e, rows: _Rows) -> bool:  # type: ignore[no-untyped-def]
+    """The next plan: the scheduler's, or that of the schedule; with nothing in it, the engine idles until the
+    next arrival. False if the schedule waits for something else."""
+    if len(rows.ends) == 0:
+        plan(e)
+        return True
+    s = e.s
+    j = s.iterations
+    if j < len(rows.ends) and rows.start_s[j] > s.clock:
+        return s.arrived < len(e.req) and e.req[s.arrived].arrival <= rows.start_s[j]
+    if j < len(rows.ends):
+        for k in range(rows.ends[j - 1] if j > 0 else 0, rows.ends[j]):
+            r, tokens = rows.requests[k], rows.tokens[k]
+            if tokens > 0:
+                grant(e, r, tokens)
+            else:
+                evict(e, r)
+    return True
+
+
+@njit
 def _make_plan(  # type: ignore[no-untyped-def]
-    lanes: Lanes, lane: int, table, template, kept, log: Log
+    lanes: Lanes, lane: int, table, template, kept, log: Log, rows: _Rows
 ) -> int:
     """Bring the scheduler's plan up to the iteration that the environment is planning; READY, or why not."""
     e, env = engine_at(lanes, lane), env_at(span(table), lane)
@@ -157,10 +201,14 @@ def _make_plan(  # type: ignore[no-untyped-def]
         else:
             if before_plan(e, spans, _NEVER, np.inf) != READY:
                 break
-            plan(e)
+            if not _plan(e, rows):
+                return _IDLES
             kept[lane, _PLANNED] = 1
     if kept[lane, _PLANNED] and s.clock == other.clock and s.error == 0:
-        return READY
+        waiting = s.num_planned == 0 and len(rows.ends) > 0
+        return _IDLES if waiting and env.v.idle == 0 else READY
+    if len(rows.ends) > 0:
+        return _LEFT
     _copy(lanes, lane, table, template)
     kept[lane, _PLANNED] = 0
     if before_plan(e, spans, _NEVER, np.inf) != READY:
@@ -187,17 +235,17 @@ def _same(e, other) -> bool:  # type: ignore[no-untyped-def]
 
 @njit
 def _decide(  # type: ignore[no-untyped-def]
-    lanes: Lanes, lane: int, table, template, kept, log: Log, strict: bool
+    lanes: Lanes, lane: int, table, template, kept, log: Log, rows: _Rows, strict: bool
 ):
     """The next action of Decision-v0 towards the plan, the request it is about, and its tokens; below 0: why
     there is none. What is not strict does as much of the plan as can be done."""
-    outcome = _make_plan(lanes, lane, table, template, kept, log)
+    outcome = _make_plan(lanes, lane, table, template, kept, log, rows)
     e, env = engine_at(lanes, lane), env_at(span(table), lane)
     v, mask = env.v, env.mask
     levels = v.num_levels
     preempt = 2 + (v.waiting_slots + v.running_slots) * levels
     if outcome != READY:
-        return (_STOPPED if strict else _any(mask)), 0, 0
+        return (outcome if strict else _any(mask)), 0, 0
     for k in range(e.s.num_victims):
         r = e.victims[k]
         why = 0
@@ -213,7 +261,7 @@ def _decide(  # type: ignore[no-untyped-def]
         if why < 0 and strict:
             return why, r, 0
     if v.phase == FORCED:
-        return (_ILLEGAL if strict else _any(mask)), env.e.running[0], 0
+        return (_FORCED if strict else _any(mask)), 0, 0
     passed_over, decodes = -1, 0
     for k in range(env.e.s.num_running):
         r = env.e.running[k]
@@ -232,6 +280,7 @@ def _decide(  # type: ignore[no-untyped-def]
                 return 1, passed_over, 0
             if strict:
                 return _ILLEGAL, passed_over, 0
+    why, who, amount = 0, 0, 0
     for k in range(e.s.num_planned):
         r = e.plan[k]
         tokens, q = e.req[r].granted, env.e.req[r]
@@ -247,12 +296,10 @@ def _decide(  # type: ignore[no-untyped-def]
             rest = q.prompt + q.generated
         last = first + levels - 1
         if slot < 0 or mask[last] == 0:
-            if strict:
-                return (_HIDDEN if slot < 0 else _ILLEGAL), r, 0
+            why, who = _HIDDEN if slot < 0 else _ILLEGAL, r
             continue
-        if tokens >= _all_that_fits(env, r, rest):
-            if strict and tokens > _all_that_fits(env, r, rest):
-                return _TOKENS, r, tokens
+        most = _all_that_fits(env, r, rest)
+        if tokens == most or (tokens > most and not strict):
             return last, r, tokens
         best = -1
         for level in range(levels - 1):
@@ -260,8 +307,9 @@ def _decide(  # type: ignore[no-untyped-def]
                 best = level
         if best >= 0 and (v.levels[best] == tokens or not strict):
             return first + best, r, tokens
-        if strict:
-            return _TOKENS, r, tokens
+        why, who, amount = _TOKENS, r, tokens  # once the others have theirs, it may be all that fits
+    if strict and why < 0:
+        return why, who, amount
     if mask[0]:
         return 0, 0, 0
     return (_ILLEGAL if strict else _any(mask)), 0, 0
@@ -302,16 +350,17 @@ def _find(slots, seen: int, r: int) -> int:  # type: ignore[no-untyped-def]
 
 @njit
 def _fill(  # type: ignore[no-untyped-def]
-    lanes: Lanes, lane: int, table, template, kept, log: Log, strict: bool, action
+    lanes: Lanes, lane: int, table, template, kept, log: Log, rows: _Rows, strict: bool, action
 ):
     """Write the action of Batch-v0 that is the plan; returns 0, or why there is none, with which request."""
-    outcome = _make_plan(lanes, lane, table, template, kept, log)
+    outcome = _make_plan(lanes, lane, table, template, kept, log, rows)
     e, env = engine_at(lanes, lane), env_at(span(table), lane)
     v = env.v
+    choices = v.num_levels + 2
     for slot in range(v.waiting_slots + v.running_slots):
         action[slot] = 0
     if outcome != READY:
-        return (_STOPPED if strict else 0), 0, 0
+        return (outcome if strict else 0), 0, 0
     for k in range(e.s.num_victims):
         r = e.victims[k]
         slot = _find(v.run, v.num_run, r)
@@ -324,20 +373,14 @@ def _fill(  # type: ignore[no-untyped-def]
                 return _HIDDEN, r, 0
         if slot >= 0:
             action[v.waiting_slots + slot] = v.num_levels + 1
+    short = -1  # whose chunk is no level: all that fits will do, if that is as much
     for k in range(e.s.num_planned):
         r = e.plan[k]
         tokens, q = e.req[r].granted, env.e.req[r]
         if tokens == 0:
             continue
-        if q.status == RUNNING:
-            slot = _find(v.run, v.num_run, r)
-            at = v.waiting_slots + slot
-            rest = q.target - q.computed
-        else:
-            slot = _find(v.wait, v.num_wait, r)
-            at = slot
-            rest = q.prompt + q.generated
-        if slot < 0:
+        at, rest = _place(env, r)
+        if at < 0:
             # Hidden running requests go on by themselves.
             if strict and q.status != RUNNING:
                 return _HIDDEN, r, 0
@@ -347,7 +390,51 @@ def _fill(  # type: ignore[no-untyped-def]
             for level in range(v.num_levels - 1):
                 if v.levels[level] == tokens:
                     action[at] = 2 + level
+            if action[at] == 1:
+                if strict and short >= 0:
+                    return _TOKENS, r, tokens
+                short = r
+    if strict:
+        if short >= 0 and _left_for(e, env, short) != e.req[short].granted:
+            return _TOKENS, short, e.req[short].granted
+        for slot in range(v.waiting_slots + v.running_slots):
+            if env.mask[slot * choices + action[slot]] == 0:
+                r = v.wait[slot] if slot < v.waiting_slots else v.run[slot - v.waiting_slots]
+                return _ILLEGAL, r, 0
+        if len(rows.ends) > 0:
+            for k in range(env.e.s.num_running):
+                r = env.e.running[k]
+                if e.req[r].granted == 0 and _find(v.run, v.num_run, r) < 0:
+                    return _HIDDEN, r, 0
     return 0, 0, 0
+
+
+@njit
+def _place(env, r: int) -> tuple[int, int]:  # type: ignore[no-untyped-def]
+    """The entry of an action that is about request r, -1 if there is none, and the tokens that it can use."""
+    q, v = env.e.req[r], env.v
+    if q.status == RUNNING:
+        slot = _find(v.run, v.num_run, r)
+        return (-1 if slot < 0 else v.waiting_slots + slot), q.target - q.computed
+    return _find(v.wait, v.num_wait, r), q.prompt + q.generated
+
+
+@njit
+def _left_for(e, env, r: int) -> int:  # type: ignore[no-untyped-def]
+    """Tokens of the budget that are left for request r when it is its turn: after the running requests in
+    slots before it, and all of them if it waits."""
+    v = env.v
+    own, _ = _place(env, r)
+    left = env.e.s.token_budget
+    for k in range(e.s.num_planned):
+        other = e.plan[k]
+        at, _ = _place(env, other)
+        running = at < 0 or at >= v.waiting_slots
+        alike = running == (own >= v.waiting_slots)
+        before = 0 <= at < own if alike else running
+        if other != r and before:
+            left -= e.req[other].granted
+    return left
 
 
 # ---------------------------------------------------------------------- the expert
@@ -360,15 +447,26 @@ class Expert:
     only one action is legal are passed through without asking anybody (`skip_forced`), so a scheduler that
     does something else in them (preempts where nobody waits, idles) is not followed there.
 
+    Of a schedule, every episode has to have the requests, which is checked when it is first asked in it:
+    the schedule is replayed. `baselines.optimal.make_env` makes an environment in which it can be said.
+
+    Attributes:
+        scheduler: who decides; of a schedule one that reserves no more KV cache than is used.
+        schedule: what is followed, or None.
+        strict: as given.
+
     Raises:
         InputError: when it is asked for what the actions of the environment cannot express, with the reason;
             if it is not `strict`, it does as much of its plan as can be done instead.
     """
 
-    def __init__(self, scheduler: Scheduler, seed: int = 0, strict: bool = True) -> None:
-        if scheduler.plan is not None:
-            raise InputError(f"scheduler {scheduler.name} is a function of its own; experts are named ones")
-        self.scheduler = scheduler
+    def __init__(self, source: Scheduler | Schedule, seed: int = 0, strict: bool = True) -> None:
+        self.schedule = source if isinstance(source, Schedule) else None
+        self.scheduler = Scheduler("schedule") if isinstance(source, Schedule) else source
+        if self.scheduler.plan is not None:
+            raise InputError(
+                f"scheduler {self.scheduler.name} is a function of its own; experts are named ones"
+            )
         self.seed = seed
         self.strict = strict
         self._fleet: Any = None
@@ -385,8 +483,10 @@ class Expert:
     def _bind(self, fleet: Any) -> None:
         problem, options = fleet.problem, fleet.options
         settings = self.scheduler.settings
-        if fleet.kind.name == "DISPATCH":  # a constant action
-            self._fleet = fleet
+        if fleet.kind.name == "DISPATCH":
+            if self.schedule is not None:
+                raise InputError("Dispatch chooses among rules and cannot follow a schedule; use Batch-v0")
+            self._fleet = fleet  # a constant action
             return
         hold = settings.hold.name.lower().replace("_", "-")
         if hold != options.hold:
@@ -394,7 +494,8 @@ class Expert:
                 f"{self.scheduler.name} reserves KV cache for {hold!r}, this environment for "
                 f"{options.hold!r}; make it with hold={hold!r}"
             )
-        if self.strict and fleet.kind.name == "BATCH" and options.running_order != "oldest":
+        in_order = self.strict and self.schedule is None and fleet.kind.name == "BATCH"
+        if in_order and options.running_order != "oldest":
             raise InputError(
                 "Batch serves requests in the order of their slots, schedulers those admitted first; "
                 "make it with running_order='oldest'"
@@ -420,6 +521,7 @@ class Expert:
         self._kept = np.zeros((num_envs, 2), np.int64)
         nothing = np.zeros(0, np.int32)
         self._log = Log(np.zeros(0, _ROW), nothing, nothing, np.zeros(2, np.int64))
+        self._rows = [_Rows(np.zeros(0), np.zeros(0, np.int64), nothing, nothing)] * num_envs
         self._fleet = fleet
 
     def _action(self, lane: int) -> Any:
@@ -427,10 +529,25 @@ class Expert:
         translate = _TRANSLATORS.get(fleet.kind.name)
         if translate is None:
             raise InputError(f"experts do not know the actions of {fleet.kind.name}")
+        if self.schedule is not None and self._kept[lane, _EPISODE] != fleet.bank.lane["begun"][lane]:
+            self._rows[lane] = self._replayed(self.schedule, lane)
         return translate(self, lane)
 
-    def _fail(self, why: int, r: int, tokens: int) -> InputError:
-        return InputError(f"{self.scheduler.name} cannot act here: " + _WHY[why].format(r=r, n=tokens))
+    def _replayed(self, schedule: Schedule, lane: int) -> _Rows:
+        """The schedule with the times that it has for the requests of this episode."""
+        problem, req = self._fleet.problem, self._fleet.bank.req[lane]
+        requests = Requests.of(req["arrival"], req["prompt"], req["stop"])
+        made = replay(schedule, requests, problem.profile, problem.engine, scheduler=self.scheduler).schedule
+        assert made is not None
+        if self.strict and self._fleet.kind.name == "DECISION":
+            _require_together(made, requests)
+        return _Rows(made.start_s, made.ends, made.requests, made.tokens)
+
+    def _fail(self, why: int, r: int, tokens: int, lane: int) -> InputError:
+        what = self.scheduler.name
+        if self.schedule is not None:
+            what = f"iteration {int(self._lanes.s['iterations'][lane])} of the schedule"
+        return InputError(f"{what} cannot be said in actions here: " + _WHY[why].format(r=r, n=tokens))
 
     def _decide(self, lane: int) -> int:
         action, r, tokens = _decide(
@@ -440,10 +557,11 @@ class Expert:
             self._template,
             self._kept,
             self._log,
+            self._rows[lane],
             self.strict,
         )
         if action < 0:
-            raise self._fail(action, r, tokens)
+            raise self._fail(action, r, tokens, lane)
         return int(action)
 
     def _fill(self, lane: int) -> NDArray[np.int64]:
@@ -456,11 +574,12 @@ class Expert:
             self._template,
             self._kept,
             self._log,
+            self._rows[lane],
             self.strict,
             action,
         )
         if why < 0:
-            raise self._fail(why, r, tokens)
+            raise self._fail(why, r, tokens, lane)
         return action
 
     def _express(self, lane: int) -> NDArray[np.int64]:
@@ -470,18 +589,57 @@ class Expert:
 _TRANSLATORS = {"DECISION": Expert._decide, "BATCH": Expert._fill, "DISPATCH": Expert._express}
 
 
-def expert(name: str | Scheduler, *, seed: int = 0, strict: bool = True, **settings: Any) -> Expert:
-    """The expert of a scheduler, by name or made before.
+def _require_together(schedule: Schedule, requests: Requests) -> None:
+    """Decision-v0 passes through states in which only RUN is legal, so that a pause in one would go unseen.
+
+    Raises:
+        InputError: if some requests decode in an iteration that passes over others.
+    """
+    prompt, output = requests.prompt_tokens.tolist(), requests.output_tokens.tolist()
+    left = list(prompt)  # of the prefill, by request
+    generated = [0] * len(prompt)
+    decoding: set[int] = set()
+    for j, decisions in enumerate(schedule):
+        for r in decisions.preempted:
+            left[r] = prompt[r] + generated[r]
+            decoding.discard(r)
+        served = {r for r, _ in decisions.granted}
+        if decoding & served and decoding - served:
+            raise InputError(
+                f"iteration {j} of the schedule at {decisions.start_s:.6g} s lets request "
+                f"{min(decoding & served)} decode and passes over request {min(decoding - served)}; in "
+                "Decision-v0 all decode, or none: follow it in Batch-v0"
+            )
+        for r, tokens in decisions.granted:
+            left[r] -= tokens
+            if left[r] <= 0:
+                generated[r] += 1
+                (decoding.add if generated[r] < output[r] else decoding.discard)(r)
+
+
+def expert(
+    source: str | Scheduler | Schedule | Solution, *, seed: int = 0, strict: bool = True, **settings: Any
+) -> Expert:
+    """The expert of a scheduler, by name or made before, or of a schedule.
 
     Args:
-        name: as in `baselines.names()`.
+        source: a scheduler, or its name as in `baselines.names()`; or a schedule, or a solution with one
+            (`baselines.optimal`): the optimum as a policy, to be imitated.
         seed: of a scheduler that draws lots.
         strict: whether a plan that the actions cannot express is an error. (A teacher that is asked in the
             middle of somebody else's plan had better not be strict.)
         settings: changes of the scheduler's settings.
 
     Raises:
-        InputError: an unknown name or setting.
+        InputError: an unknown name or setting, or a solution without a schedule.
     """
-    found = get(name, **settings) if isinstance(name, str) else name.replace(**settings)
-    return Expert(found, seed, strict)
+    if isinstance(source, str):
+        return Expert(get(source, **settings), seed, strict)
+    if isinstance(source, Scheduler):
+        return Expert(source.replace(**settings), seed, strict)
+    schedule = source if isinstance(source, Schedule) else source.schedule
+    if schedule is None:
+        raise InputError("the solution has no schedule that an expert could follow")
+    if settings:
+        raise InputError(f"a schedule has no settings, such as {next(iter(settings))}; leave them out")
+    return Expert(schedule, seed, strict)

@@ -256,7 +256,7 @@ class Instance:
             InputError: an unknown scenario.
         """
         problem = scenarios.get(scenario).resolve()
-        requests = problem.draw(np.random.default_rng(seed))
+        requests = problem.first_episode(seed)
         if num_requests is not None:
             requests = requests.take(np.arange(min(num_requests, len(requests))))
         return Instance(

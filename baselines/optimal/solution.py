@@ -253,6 +253,8 @@ def _broken_rule(instance: Instance, schedule: Schedule, result: Result) -> str:
     start, end = result.iterations["start_s"], result.iterations["end_s"]
     for j, decisions in enumerate(schedule):
         where = f"iteration {j} at {start[j]:.6g} s"
+        if schedule.start_s[j] < start[j] - _PROVED * max(1.0, start[j]):
+            return f"{where}: it is to start at {schedule.start_s[j]:.6g} s, while the one before still runs"
         begin = schedule.ends[j - 1] if j else 0
         for mark in schedule.tokens[begin : schedule.ends[j]]:
             if mark in (SWAPPED_OUT, SWAPPED_IN):

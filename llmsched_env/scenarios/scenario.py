@@ -195,6 +195,15 @@ class Problem:
         """The requests of one episode. Drawing k episodes with one generator gives the same k each time."""
         return self.workload.draw(self.capacity.rps, rng)
 
+    def first_episode(self, seed: int) -> Requests:
+        """The requests of the first episode of an environment after `reset(seed=seed)`."""
+        return self.draw(np.random.default_rng(first_episode_seed(seed)))
+
+
+def first_episode_seed(seed: int) -> int:
+    """The `episode_seed` of an environment after `reset(seed=seed)`."""
+    return int(np.random.default_rng(seed).integers(2**63))
+
 
 def _classes(workload: Workload, capacity_rps: float) -> tuple[NDArray[np.float64], int]:
     """Mean output tokens by class_id, and the number of clients."""
