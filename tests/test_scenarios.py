@@ -16,7 +16,8 @@ import baselines
 from agents.cli import main
 from llmsched_env import EngineConfig, InputError, Requests, profiles, scenarios, simulate, workloads
 from llmsched_env.profiles import Profile
-from llmsched_env.scenarios import Problem, Scenario
+from llmsched_env.scenarios import Problem, Reference, Scenario, get, load, reference
+from llmsched_env.scenarios.scenario import first_episode_seed
 from llmsched_env.workloads import RequestClass, Shuffled, Synthetic
 from llmsched_env.workloads.lengths import Fixed, Lengths, Lognormal, Rank, Uniform
 
@@ -524,3 +525,63 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(InputError, match="is not a text file"):
         scenarios.get(str(tmp_path / "binary.yaml"))
+
+
+# -- references ----------------------------------------------------------------------------------------------
+
+
+def test_references_there_and_back(tmp_path: Path) -> None:
+    rows = (
+        Reference(2.0, 1.5, 3.0, "search", seed=1_000_000),
+        Reference(1.0, 1.0, seed=1_000_001),
+    )
+    made = get("azure-conv", num_requests=5).replace(references=rows)
+    assert Reference(2.0, 1.5).summary().keys() == {"best_known", "bound", "vllm_v1", "method"}
+    assert rows[1].summary()["optimum"] == 1.0
+    path = tmp_path / "one.yaml"
+    made.save(path)
+    assert repr(load(path).references) == repr(rows)  # nan is not equal to itself
+    reference.save(rows, tmp_path / "rows.json", made_with="this test")
+    text = path.read_text().split("references:")[0]
+    path.write_text(text + "references: rows.json\n" + "workload: {name: azure-conv, num_requests: 5}\n")
+    assert repr(load(path).references) == repr(rows)
+    problem = made.resolve()
+    assert problem.reference(first_episode_seed(1_000_000)) is rows[0]
+    assert problem.reference(1_000_000) is None  # the seed of its requests is another
+    assert problem.reference(None) is None
+    assert get("toy").resolve().reference(5).best_known == 20.0  # type: ignore[union-attr]
+
+
+def test_references_are_of_their_own_problem() -> None:
+    toy = get("toy")
+    assert toy.replace(summary="the same").references == toy.references != ()
+    assert toy.replace(outputs=(1, 1)).references == ()
+    with pytest.raises(InputError, match="is not a Reference"):
+        toy.replace(references=(1.0,))
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        (3.0, "a mapping with best_known, not 3.0"),
+        ({"best_known": 1.0, "bond": 1.0}, "did you mean 'bound'"),
+        ({"best_known": 0.0}, "best_known must be positive seconds, not 0.0"),
+        ({"best_known": "1"}, "best_known must be seconds from 0, not '1'"),
+        ({"best_known": 1.0, "bound": 2.0}, "bound of 2 s is above the best known 1 s"),
+        ({"best_known": 1.0, "vllm_v1": -1.0}, "vllm_v1 must be seconds from 0"),
+        ({"best_known": 1.0, "seed": -1}, "seed must be a whole number from 0"),
+        ({"best_known": 1.0, "method": 1}, "method must be a text"),
+    ],
+)
+def test_bad_references(given: Any, match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        Reference.of(given)
+
+
+def test_bad_files_of_references(tmp_path: Path) -> None:
+    for text, match in (("{", "not references in JSON"), ('{"references": [{}]}', "mapping with best_known")):
+        (tmp_path / "rows.json").write_text(text)
+        with pytest.raises(InputError, match=match):
+            reference.load(tmp_path / "rows.json")
+    with pytest.raises(InputError, match="cannot be read"):
+        reference.load(tmp_path / "nothing.json")

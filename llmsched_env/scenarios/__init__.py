@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from llmsched_env.errors import InputError, unknown
+from llmsched_env.scenarios.reference import Reference
 from llmsched_env.scenarios.scenario import Problem, Scenario
 
-__all__ = ["Problem", "Scenario", "get", "load", "names", "register"]
+__all__ = ["Problem", "Reference", "Scenario", "get", "load", "names", "register"]
 
 _DATA = Path(__file__).with_name("data")
 _registered: dict[str, Scenario] = {}
@@ -81,6 +82,7 @@ def load(path: str | Path) -> Scenario:
         profile: a100-llama3-8b  # a name, a JSON file, or a mapping of the attributes of Profile
         engine: {kv_blocks: 2000, token_budget: 1024}
         horizon_s: 60            # an endless stream, cut at this time
+        references: chats.json   # what scripts/make_references.py wrote; or a list of mappings: see Reference
         workload:
           name: azure-conv       # and any option of workloads.get
           num_requests: 100

@@ -15,6 +15,8 @@ from llmsched_env import profiles, workloads
 from llmsched_env.core.config import EngineConfig
 from llmsched_env.errors import InputError, unknown
 from llmsched_env.profiles import Profile
+from llmsched_env.scenarios import reference
+from llmsched_env.scenarios.reference import Reference
 from llmsched_env.scenarios.scenario import Scenario
 from llmsched_env.workloads import Lengths, RequestClass, Shuffled, Synthetic, Workload, arrivals, lengths
 from llmsched_env.workloads import predictions as pred
@@ -29,6 +31,7 @@ _SCENARIO = {
     "engine": "dict",
     "horizon_s": "float",
     "optimum": "float | None",
+    "references": "list | str",
     "workload": "dict",
 }
 _ENGINE = dict(EngineConfig.__annotations__)
@@ -105,6 +108,8 @@ def _scenario(data: Any, name: str, folder: Path | None) -> Scenario:
     data["engine"] = EngineConfig(**data.get("engine", {}))
     data["profile"] = _profile(data["profile"], folder)
     data["workload"] = _workload(data["workload"], data["name"], folder)
+    if "references" in data:
+        data["references"] = _references(data["references"], folder)
     made = Scenario(**data)
     profiles.get(made.profile)  # complains of a name that there is not
     return made
@@ -121,6 +126,12 @@ def _profile(data: Any, folder: Path | None) -> str | Profile:
     if data["form"] == "custom":
         raise InputError("a custom profile is a function and cannot come from a file; use Profile.custom")
     return Profile(**data)
+
+
+def _references(data: list[Any] | str, folder: Path | None) -> tuple[Reference, ...]:
+    if isinstance(data, str):
+        return reference.load((folder or Path()) / data)
+    return tuple(Reference.of(row) for row in data)
 
 
 def _workload(data: dict[str, Any], name: str, folder: Path | None) -> Workload:
@@ -218,6 +229,8 @@ def _described(scenario: Scenario) -> dict[str, Any]:
         data["horizon_s"] = float(scenario.horizon_s)
     if scenario.optimum is not None:
         data["optimum"] = float(scenario.optimum)
+    if scenario.references:
+        data["references"] = [_plain(row) for row in reference.described(scenario.references)]
     data["workload"] = _described_workload(scenario)
     return data
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from llmsched_env.core.requests import Requests
 from llmsched_env.errors import InputError, unknown
 from llmsched_env.files import writing
 from llmsched_env.profiles import Profile
+from llmsched_env.scenarios.reference import Reference
 from llmsched_env.scheduling import Scheduler
 from llmsched_env.simulation import resolve
 from llmsched_env.theory.capacity import Capacity, capacity
@@ -23,7 +25,8 @@ from llmsched_env.workloads import Moments, Synthetic, Workload
 
 _ANYBODY = Scheduler("scenario")  # engine settings of no system in particular
 _SAMPLE = 4096  # requests, at least, whose mean lengths stand for those of a recipe that does not tell
-_NAMING = {"name", "summary", "source", "optimum"}  # a change of these leaves the problem as it is
+# A change of these leaves the problem as it is.
+_NAMING = {"name", "summary", "source", "optimum", "references"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Scenario:
             when all requests are served.
         summary, source: what it is, and the paper or trace behind it.
         optimum: mean latency in seconds of an optimal schedule, over the episodes, where it is known.
+        references: what is known of the best schedules of some episodes, or of each.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Scenario:
     summary: str = ""
     source: str = ""
     optimum: float | None = None
+    references: tuple[Reference, ...] = ()
 
     def __post_init__(self) -> None:
         for field, kinds in (
@@ -60,9 +65,13 @@ class Scenario:
             ("engine", EngineConfig),
             ("summary", str),
             ("source", str),
+            ("references", tuple),
         ):
             if not isinstance(getattr(self, field), kinds):
                 raise InputError(f"scenario {self.name!r}: {field} cannot be {getattr(self, field)!r}")
+        for reference in self.references:
+            if not isinstance(reference, Reference):
+                raise InputError(f"scenario {self.name!r}: {reference!r} is not a Reference")
         for field in ("horizon_s", "optimum"):
             value = getattr(self, field)
             if field == "optimum" and value is None:
@@ -83,7 +92,7 @@ class Scenario:
         Args:
             changes: attributes of a scenario, engine settings such as `kv_blocks`, and options of the
                 workload such as `load`, `rate`, `num_requests`, `arrivals` (`Workload.replace`). With the
-                problem its `optimum` is forgotten, unless it is given anew.
+                problem its `optimum` and `references` are forgotten, unless they are given anew.
 
         Raises:
             InputError: an unknown setting, with the nearest match, or a value that does not fit.
@@ -99,7 +108,7 @@ class Scenario:
         for_engine = {name: value for name, value in changes.items() if name in engine}
         for_workload = {k: v for k, v in changes.items() if k not in own and k not in for_engine}
         if not _NAMING.issuperset(changes):
-            own.setdefault("optimum", None)
+            own = {"optimum": None, "references": (), **own}
         if for_engine:
             own["engine"] = own.get("engine", self.engine).replace(**for_engine)
         if for_workload:
@@ -194,6 +203,19 @@ class Problem:
     def draw(self, rng: np.random.Generator) -> Requests:
         """The requests of one episode. Drawing k episodes with one generator gives the same k each time."""
         return self.workload.draw(self.capacity.rps, rng)
+
+    def reference(self, episode_seed: int | None) -> Reference | None:
+        """What is known of the episode whose requests are drawn with this seed; None: nothing, as of requests
+        that are not drawn."""
+        if episode_seed is None:
+            return None
+        return self._references.get(episode_seed) or self._references.get(None)
+
+    @cached_property
+    def _references(self) -> dict[int | None, Reference]:
+        """By the seed of the episode; None: each."""
+        rows = self.scenario.references
+        return {None if r.seed is None else first_episode_seed(r.seed): r for r in rows}
 
     def first_episode(self, seed: int) -> Requests:
         """The requests of the first episode of an environment after `reset(seed=seed)`."""
