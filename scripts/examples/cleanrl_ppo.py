@@ -48,6 +48,10 @@ class Settings:
 class Agent(nn.Module):
     """A policy and a value of observations (n, D), which are brought to unit variance first."""
 
+    count: torch.Tensor
+    mean: torch.Tensor
+    variance: torch.Tensor
+
     def __init__(self, features: int, actions: int, width: int = 64) -> None:
         super().__init__()
         self.policy, self.value = _network(features, actions, width, 0.01), _network(features, 1, width, 1.0)
@@ -129,7 +133,7 @@ def train(a: Settings) -> Agent:
             with torch.no_grad():
                 logs, value = agent(seen, legal)
                 action = (logs - torch.empty_like(logs).exponential_().log()).argmax(1)  # Gumbel: a sample
-            seen_at[t], legal_at[t], action_at[t], values[t] = seen, legal, action, value
+            seen_at[t], legal_at[t], action_at[t], values[t] = seen, legal, action, value.numpy()
             log_at[t] = logs.gather(1, action[:, None]).squeeze(1)
             raw, rewards[t], terminated[t], truncated, info = env.step(action.numpy())
             over[t], real[t] = terminated[t] | truncated, ~begins
@@ -137,7 +141,7 @@ def train(a: Settings) -> Agent:
             if "metrics" in info:
                 latencies.extend(info["metrics"]["latency_s"][info["_metrics"]])
         with torch.no_grad():
-            values[-1] = agent(agent.prepare(torch.as_tensor(raw)), legal)[1]
+            values[-1] = agent(agent.prepare(torch.as_tensor(raw)), legal)[1].numpy()
         found = advantages(rewards, values, terminated, over, a)
         chosen = torch.as_tensor(real)
         batch = [x[chosen] for x in (seen_at, legal_at, action_at, log_at)]
