@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import re
 import runpy
 import sys
@@ -21,7 +22,7 @@ with warnings.catch_warnings():
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "scripts" / "examples"
-BUDGET = 700_000  # decisions
+BUDGET = 300_000  # decisions
 FOUND = re.compile(r"mean latency ([\d.]+) s, score ([\d.]+)$", re.MULTILINE)
 
 
@@ -80,6 +81,12 @@ def test_toy_runs(monkeypatch: Any, capsys: Any) -> None:
     assert "unmasked seed 0" in printed
 
 
+def test_the_readme_names_each() -> None:
+    text = (ROOT / "README.md").read_text()
+    for path in EXAMPLES.glob("*.py"):
+        assert f"`scripts/examples/{path.name}`" in text or f"`{path.name}`" in text
+
+
 def test_advantages_end_with_the_episode() -> None:
     """By hand: gamma 0.5, lambda 0.5; a cut episode counts on the value of what was seen last, a terminated
     one on nothing, and the step in which an environment begins anew gets nothing from before or after."""
@@ -103,16 +110,17 @@ def test_advantages_end_with_the_episode() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_ppo_finds_the_optimum_of_toy_sooner_with_the_mask(seed: int) -> None:
-    """Within 2 %, on requests it has not seen. The budget is counted in decisions, some 30 seconds of an idle
-    core: seconds depend on who else is at work."""
+    """With it within 2 %, on requests it has not seen. The budget is counted in decisions, those of some 15
+    to 30 s of a core: seconds depend on who else is at work."""
     example = load("toy")
     torch.set_num_threads(1)
     needed = {}
     for masked in (True, False):
         curve = example.train(masked, seed, decisions=BUDGET)
+        near = [point.decisions for point in curve if point.latency <= 1.02 * 20.0]
+        needed[masked] = min(near, default=math.inf)
         assert curve[0].latency > 30.0
-        assert curve[-1].latency <= 1.02 * 20.0, curve
-        needed[masked] = next(point.decisions for point in curve if point.latency <= 1.02 * 20.0)
+        assert not masked or curve[-1].latency <= 1.02 * 20.0, curve
     assert needed[True] < needed[False]
 
 
@@ -123,6 +131,6 @@ def test_the_single_file_finds_it_too(monkeypatch: Any, capsys: Any) -> None:
 
 
 @pytest.mark.slow
-def test_maskable_ppo_beats_vllm_on_contention(monkeypatch: Any, capsys: Any) -> None:
-    learnt, vllm = latencies(run("sb3_maskable_ppo", "--timesteps 1000000", monkeypatch, capsys))
-    assert learnt < vllm
+def test_maskable_ppo_learns(monkeypatch: Any, capsys: Any) -> None:
+    learnt, vllm = latencies(run("sb3_maskable_ppo", "--timesteps 250000", monkeypatch, capsys))
+    assert learnt < 0.8 * vllm

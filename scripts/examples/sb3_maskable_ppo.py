@@ -1,6 +1,6 @@
 """sb3-contrib's MaskablePPO learns to schedule, against vLLM V1 on the same requests.
 
-python scripts/examples/sb3_maskable_ppo.py [--scenario infermax-contention] [--timesteps 2000000]
+python scripts/examples/sb3_maskable_ppo.py [--scenario toy] [--timesteps 500000]
     [--seconds 60] [--seed 0] [--save model.zip]
 """
 
@@ -21,8 +21,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scenario", default="infermax-contention")
-    parser.add_argument("--timesteps", type=int, default=2_000_000, help="train for so many decisions")
+    parser.add_argument("--scenario", default="toy")
+    parser.add_argument("--timesteps", type=int, default=500_000, help="train for so many decisions")
     parser.add_argument("--seconds", type=float, default=math.inf, help="but not longer than this")
     parser.add_argument("--num-envs", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
@@ -35,10 +35,11 @@ def main() -> None:
     model = MaskablePPO(
         MaskablePolicy,
         env,
-        n_steps=128,
-        batch_size=min(4096, 32 * args.num_envs),
+        n_steps=32,
+        batch_size=4 * args.num_envs,
         n_epochs=4,
-        gamma=0.999,
+        learning_rate=1e-3,
+        gamma=1.0,  # episodes end, and their mean latency is what counts
         seed=args.seed,
         device="cpu",
         verbose=1,
