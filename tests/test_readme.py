@@ -19,7 +19,7 @@ def test_example(number: int) -> None:
 
 
 def test_options_of_the_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("simulate", "bench"):
+    for command in ("simulate", "bench", "optimum", "bounds", "replay"):
         main([command, "--help"])
         text = capsys.readouterr().out
         for line in re.findall(rf"llmsched {command} (.*?)(?<!\\)\n", README, re.DOTALL):

@@ -8,7 +8,19 @@
 
 from __future__ import annotations
 
+from baselines.optimal.env import make_env, scenario_of
 from baselines.optimal.instance import ALLOWANCES, OBJECTIVES, Instance
+from baselines.optimal.methods import METHODS, solve
 from baselines.optimal.solution import Solution, replay
 
-__all__ = ["ALLOWANCES", "OBJECTIVES", "Instance", "Solution", "replay"]
+__all__ = [
+    "ALLOWANCES",
+    "METHODS",
+    "OBJECTIVES",
+    "Instance",
+    "Solution",
+    "make_env",
+    "replay",
+    "scenario_of",
+    "solve",
+]

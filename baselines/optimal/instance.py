@@ -19,7 +19,10 @@ from llmsched_env.core.requests import Requests
 from llmsched_env.errors import InputError, unknown
 from llmsched_env.files import writing
 from llmsched_env.profiles import Profile
-from llmsched_env.simulation import Result
+from llmsched_env.scheduling import Scheduler
+from llmsched_env.simulation import Result, resolve
+from llmsched_env.theory.capacity import capacity
+from llmsched_env.workloads import Workload
 
 OBJECTIVES: dict[str, str] = {
     "total_latency": "sum over the requests of finish less arrival, seconds",
@@ -267,6 +270,34 @@ class Instance:
             objective,
             f"{problem.scenario.name}-{seed}",
         )
+
+    @staticmethod
+    def of_workload(
+        workload: Requests | Workload,
+        profile: str | Profile,
+        engine: EngineConfig = EngineConfig(),
+        *,
+        allow: Iterable[str] = ("chunk", "pause", "preempt"),
+        objective: str = "total_latency",
+        name: str = "",
+    ) -> Instance:
+        """The instance that `simulate(workload, ..., profile, engine)` serves, on an engine that keeps no KV
+        blocks free and is not asynchronous.
+
+        Raises:
+            InputError: as `simulate`, and for a request that can never fit.
+        """
+        found, anybody = profiles.get(profile), Scheduler("instance")
+        if isinstance(workload, Workload):
+            name = name or workload.name
+            settled = resolve(engine, anybody, found)
+            rps = None
+            if workload.load is not None:
+                rps = capacity(workload.moments(), found.time, settled).rps
+            workload = workload.draw(rps)
+        longest = int((workload.prompt_tokens.astype(np.int64) + workload.output_tokens).max())
+        engine = engine.or_else(max_model_len=longest).replace(watermark=0.0, async_scheduling=False)
+        return Instance(workload, resolve(engine, anybody, found), found, frozenset(allow), objective, name)
 
     # ------------------------------------------------------------------ JSON
 

@@ -183,17 +183,19 @@ class Solution:
             found = Solution(
                 instance,
                 schedule,
-                text["objective"],
-                math.nan if text["bound"] is None else text["bound"],
-                text["status"],
-                text["method"],
-                text["seconds"],
-                text["details"],
-                text["versions"],
+                float(text["objective"]),
+                math.nan if text["bound"] is None else float(text["bound"]),
+                str(text["status"]),
+                str(text["method"]),
+                float(text["seconds"]),
+                dict(text["details"]),
+                dict(text["versions"]),
             )
         except InputError as error:
             raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-        except (OSError, EOFError, KeyError, TypeError, ValueError) as error:
+        except OSError as error:
+            raise InputError(f"cannot read {path}: {error.strerror or error}") from None
+        except Exception as error:  # a damaged file makes NumPy and its decompressor raise all kinds
             raise InputError(
                 f"{path}: not a solution file ({error}); give one that `llmsched optimum --save` wrote"
             ) from None
@@ -206,6 +208,11 @@ class Solution:
                 f"{path}: the schedule gives {instance.objective} {objective!r}, the file claims "
                 f"{found.objective!r}; it was changed, or made by another version"
             )
+        sign = -1.0 if instance.maximise else 1.0
+        if sign * (found.bound - objective) > _PROVED * max(1.0, abs(objective)):
+            raise InputError(f"{path}: the schedule is better than the bound of {found.bound!r} that it claims")
+        if found.status not in STATUSES or (found.status == "optimal" and found.gap > _PROVED):
+            raise InputError(f"{path}: status {found.status!r} does not go with a gap of {found.gap:.3g}")
         return found
 
 

@@ -106,7 +106,11 @@ class Schedule:
     def check(self, path: str | Path) -> None:
         """Raise an `InputError` that names the file `path` if the arrays do not fit together."""
         whole = (
-            self.start_s.shape == self.ends.shape
+            all(array.ndim == 1 for array in (self.start_s, self.ends, self.requests, self.tokens))
+            and self.start_s.dtype == np.float64
+            and self.ends.dtype == np.int64
+            and self.requests.dtype == self.tokens.dtype == np.int32
+            and self.start_s.shape == self.ends.shape
             and self.requests.shape == self.tokens.shape
             and (np.diff(self.ends, prepend=0) >= 0).all()
             and (len(self.ends) == 0 or self.ends[-1] == len(self.requests))

@@ -26,7 +26,7 @@ from llmsched_env.envs.lane import MOST_CLASSES, MOST_CLIENTS, Bank, env_at
 from llmsched_env.envs.observation import NUM_GLOBAL, NUM_SLOT, SLACK, LengthInfo, scales
 from llmsched_env.envs.options import LENGTHS, RUNNING_ORDERS, Options, change
 from llmsched_env.errors import InputError
-from llmsched_env.scenarios import Problem
+from llmsched_env.scenarios import Problem, Reference
 from llmsched_env.scheduling import ENGINE, Scheduler
 
 # ---------------------------------------------------------------------- what is seen
@@ -138,6 +138,8 @@ class Fleet:
         bank: their memory.
         alone: (E,) float64: mean seconds that a request of the episode takes if it has the engine to itself;
             alone_next: of the episode that is drawn.
+        references: (E,) object: what is known of the best schedule of the episode, or None; next_references:
+            of the episode that is drawn.
     """
 
     def __init__(
@@ -179,6 +181,8 @@ class Fleet:
         self._set_options(autoreset)
         self.alone = np.full(num_envs, np.nan)
         self.alone_next = np.full(num_envs, np.nan)
+        self.references: NDArray[Any] = np.full(num_envs, None, object)
+        self.next_references: NDArray[Any] = np.full(num_envs, None, object)
 
     def _set_options(self, autoreset: int) -> None:
         options, problem = self.options, self.problem
@@ -222,8 +226,8 @@ class Fleet:
         lane["class_means"] = output
         lane["class_means"][:, : len(means)] = means
 
-    def put(self, lane: int, requests: Requests) -> None:
-        """Make these the requests of the lane's next episode.
+    def put(self, lane: int, requests: Requests, reference: Reference | None = None) -> None:
+        """Make these the requests of the lane's next episode, and this what is known of its best schedule.
 
         Raises:
             InputError: if there are not as many as an episode has, one can never fit, or one lacks a
@@ -259,6 +263,7 @@ class Fleet:
             )
             raise InputError(f"request {r.name(i)} can never be served: {what}; cut it")
         self.alone_next[lane] = alone / self.num_requests
+        self.next_references[lane] = reference
 
     def reset(self, chosen: NDArray[np.bool_]) -> None:
         """Begin the drawn episode in each lane that is chosen, (E,) bool."""
@@ -272,6 +277,7 @@ class Fleet:
         """The drawn episode has begun in these lanes, and the next is not drawn yet."""
         lane = self.bank.lane
         self.alone[chosen] = self.alone_next[chosen]
+        self.references[chosen] = self.next_references[chosen]
         void = chosen & (lane["phase"] == OVER)
         if void.any():  # nothing can be decided in this episode: at least one decision is asked for
             lane["skip_forced"][void] = 0
@@ -318,7 +324,8 @@ class Fleet:
         finished, throughput_tps (output tokens a second), gpu_s (seconds in which an iteration ran),
         makespan_s, preemptions, iterations, fairness (Jain's index; nan unless it is rewarded), and score,
         from 0 to 1: the share of the requests that finished, times the mean latency that they would have
-        alone over that which they had.
+        alone over that which they had; and normalised_score, 0 for the mean latency of vLLM V1 and 1 for the
+        best that is known, nan without a reference or if some did not finish.
         """
         done = {name: self.bank.lane[f"done_{name}"][lanes] for name in _DONE}
         clock, latency = done["clock"], done["latency"]
@@ -328,6 +335,7 @@ class Fleet:
         return {
             "return": done["return"],
             "score": finished / self.num_requests * alone / np.maximum(latency, alone),
+            "normalised_score": self._normalised(latency, finished, self.references[lanes]),
             "latency_s": latency,
             "goodput": done["goodput"],
             "throughput_tps": done["tokens"] / np.maximum(clock, np.finfo(float).tiny),
@@ -340,6 +348,15 @@ class Fleet:
             "decisions": done["steps"],
             "illegal": done["illegal"],
         }
+
+    def _normalised(
+        self, latency: NDArray[Any], finished: NDArray[Any], references: NDArray[Any]
+    ) -> NDArray[np.float64]:
+        found = np.full(len(references), np.nan)
+        for k, reference in enumerate(references):
+            if reference is not None and finished[k] == self.num_requests:
+                found[k] = reference.score(float(latency[k]))
+        return found
 
 
 # ---------------------------------------------------------------------- the options of `reset`
@@ -359,6 +376,16 @@ def take_episode(options: dict[str, Any]) -> tuple[Requests | None, int | None]:
     if requests is not None and seed is not None:
         raise InputError("options requests and seed are two ways to say the same; give one of them")
     return requests, None if seed is None else int(seed)
+
+
+def take_reference(options: dict[str, Any]) -> Reference | None:
+    """Take out of the options of a reset what is known of the best schedule of its episode.
+
+    Raises:
+        InputError: if it is no reference.
+    """
+    reference = options.pop("reference", None)
+    return None if reference is None else Reference.of(reference)
 
 
 def take_problem(problem: Problem, options: dict[str, Any], others: tuple[str, ...]) -> Problem:

@@ -155,7 +155,7 @@ def settings(scenario: Scenario) -> tuple[str, ...]:
     return (*own, *engine, *(name for name in scenario.workload.options() if name != "seed"))
 
 
-_NAMING = ("name", "summary", "source", "optimum")
+_NAMING = ("name", "summary", "source", "optimum", "references")
 
 
 def split(keywords: Mapping[str, Any], scenario: Scenario) -> tuple[Options, Scenario]:

@@ -24,6 +24,7 @@ from llmsched_env.envs.fleet import (
     present,
     take_episode,
     take_problem,
+    take_reference,
 )
 from llmsched_env.envs.frame import DISABLED
 from llmsched_env.envs.kinds import BATCH, DECISION, DISPATCH, Kind, tally
@@ -33,7 +34,7 @@ from llmsched_env.scenarios import Problem, Scenario
 from llmsched_env.simulation import Result
 
 _LOG_ROWS = 1024  # iterations for which a log has room at first
-_EPISODE = ("scenario", "seed", "requests")  # options of a reset, beside the scenario's settings
+_EPISODE = ("scenario", "seed", "requests", "reference")  # options of a reset, beside the scenario's settings
 
 
 class SchedulingEnv(gym.Env[Any, Any]):
@@ -113,10 +114,12 @@ class SchedulingEnv(gym.Env[Any, Any]):
             seed: of the generator `np_random`, which gives each episode the seed of its requests.
             options: `scenario` and any of its settings, such as `load`, `num_requests` or `kv_blocks`, which
                 hold from now on; and for this episode `seed`, from which its requests are drawn (`np_random`
-                is left alone), or `requests`, which are `Requests` of any number.
+                is left alone), or `requests`, which are `Requests` of any number; and `reference`, what is
+                known of its best schedule (`scenarios.Reference`, or a mapping), if not by the scenario.
 
         Returns:
-            The observation, and what `step` returns as info.
+            The observation, and what `step` returns as info, with `reference` where there is one: mean
+            latencies `best_known` (or `optimum`), `bound` and `vllm_v1` in seconds, and `method`.
 
         Raises:
             InputError: an unknown option, with the nearest match, requests that can never be served, or
@@ -125,6 +128,7 @@ class SchedulingEnv(gym.Env[Any, Any]):
         super().reset(seed=seed)
         asked = dict(options or {})
         requests, episode_seed = take_episode(asked)
+        reference = take_reference(asked)
         problem = take_problem(self.problem, asked, _EPISODE)
         n = problem.num_requests if requests is None else len(requests)
         if problem is not self.problem or n != self.fleet.num_requests:
@@ -133,14 +137,14 @@ class SchedulingEnv(gym.Env[Any, Any]):
             if episode_seed is None:
                 episode_seed = int(self.np_random.integers(2**63))
             requests = draw(problem, episode_seed)
-        self.fleet.put(0, requests)
+        self.fleet.put(0, requests, reference or problem.reference(episode_seed))
         self.episode_seed, self._requests = episode_seed, requests
         self._out[:] = 0.0
         self._begun, self._over, self._said = True, False, ("", None)
         self.fleet.reset(np.ones(1, np.bool_))
         if self.render_mode == "human":
             self.render()
-        info = {"action_mask": self._legal(), "dt": float(self.fleet.bank.s["clock"][0])}
+        info = {"action_mask": self._legal(), "dt": float(self.fleet.bank.s["clock"][0]), **self._reference()}
         return present(self._seen.copy(), self.options), info
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -149,7 +153,7 @@ class SchedulingEnv(gym.Env[Any, Any]):
         Returns:
             Observation, reward, whether all requests are served, whether the episode was cut at the
             scenario's horizon, and info: `action_mask`, `dt` (seconds that passed) and, when the episode
-            ends, `metrics`.
+            ends, `metrics` (and again `reference`).
 
         Raises:
             gymnasium.error.ResetNeeded: before the first reset.
@@ -165,8 +169,12 @@ class SchedulingEnv(gym.Env[Any, Any]):
         info = {"action_mask": self._legal(), "dt": dt}
         if terminated + truncated > 0 and not self._over:
             self._over = True
-            info["metrics"] = self.metrics()
+            info |= {"metrics": self.metrics(), **self._reference()}
         return present(self._seen.copy(), self.options), reward, terminated > 0, truncated > 0, info
+
+    def _reference(self) -> dict[str, Any]:
+        reference = self.fleet.references[0]
+        return {} if reference is None else {"reference": reference.summary()}
 
     def _step_recorded(self) -> None:
         lane = self.fleet.bank.lane[0]
@@ -453,7 +461,9 @@ class DecisionEnv(SchedulingEnv):
 
     When an episode ends, `info["metrics"]` has its raw figures: mean latency, goodput, throughput and so on
     (`Fleet.metrics`), and a `score` from 0 to 1 that tells how near the mean latency is to that of requests
-    which each have an engine of their own.
+    which each have an engine of their own. Where a reference is known of the episode (`info["reference"]`: of
+    `toy`, and of some seeds of other scenarios), `normalised_score` is 0 for vLLM V1 and 1 for the best known
+    schedule.
 
     ## Starting state
 

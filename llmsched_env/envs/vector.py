@@ -22,6 +22,7 @@ from llmsched_env.envs.fleet import (
     present,
     take_episode,
     take_problem,
+    take_reference,
 )
 from llmsched_env.envs.frame import DISABLED, NEXT_STEP, SAME_STEP
 from llmsched_env.envs.kinds import DT, REWARD, TERMINATED, Kind
@@ -36,7 +37,7 @@ _MODES = {
     AutoresetMode.DISABLED: DISABLED,
 }
 # Options of a reset, beside the scenario's settings.
-_EPISODE = ("scenario", "seed", "requests", "reset_mask")
+_EPISODE = ("scenario", "seed", "requests", "reference", "reset_mask")
 
 
 class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
@@ -52,7 +53,8 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
       they return, and nothing of the size of the environments is allocated in a step.
 
     Infos are arrays with a mask each: `action_mask` (num_envs, A) int8, `dt` float64, and where episodes have
-    ended `metrics`, a dict of such arrays. "same-step" adds `final_obs` and `final_info`.
+    ended `metrics`, a dict of such arrays; where they begin or end, `reference` likewise, if there is one.
+    "same-step" adds `final_obs` and `final_info`.
 
     Attributes:
         options, problem: as those of the scalar environment.
@@ -149,6 +151,7 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         chosen = self._chosen(asked.pop("reset_mask", None))
         seeds = self._seeds(seed)
         requests, episode_seed = take_episode(asked)
+        reference = take_reference(asked)
         problem = take_problem(self.problem, asked, _EPISODE)
         if problem is not self.problem:
             if not chosen.all():
@@ -166,13 +169,15 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
                 self._rngs[i], self._rng_seeds[i] = np_random(seeds[i])
                 self._next_seeds[i] = -1
             if given is not None:
-                self.fleet.put(i, given)
+                self.fleet.put(i, given, self.problem.reference(episode_seed))
             else:
                 if self._next_seeds[i] < 0:
                     self._next_seeds[i] = self._rng(i).integers(2**63)
                     self.fleet.bank.lane["drawn"][i] = 0
                 if not self.fleet.bank.lane["drawn"][i]:
-                    self.fleet.put(i, draw(self.problem, self._next_seeds[i]))
+                    self._draw(i)
+        if reference is not None:
+            self.fleet.next_references[chosen] = reference
         self._out[:, chosen] = 0.0
         self._flags[:, chosen] = False
         self._begun = True
@@ -184,14 +189,19 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
             self.episode_seeds[chosen] = -1 if episode_seed is None else episode_seed
         self._draw_ahead(chosen)
         self._out[DT, chosen] = self.fleet.bank.s["clock"][chosen]
-        return self._observation(), self._infos(chosen.copy())
+        infos = self._infos(chosen.copy())
+        return self._observation(), self._tell(infos, chosen)
 
     def _draw_ahead(self, chosen: NDArray[np.bool_]) -> None:
         """Draw the next episode of these environments."""
         for i in np.flatnonzero(chosen):
             if self._next_seeds[i] < 0:
                 self._next_seeds[i] = self._rng(i).integers(2**63)
-            self.fleet.put(i, draw(self.problem, self._next_seeds[i]))
+            self._draw(i)
+
+    def _draw(self, i: int) -> None:
+        seed = int(self._next_seeds[i])
+        self.fleet.put(i, draw(self.problem, seed), self.problem.reference(seed))
 
     def _chosen(self, mask: Any) -> NDArray[np.bool_]:
         if mask is None:
@@ -268,7 +278,7 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         if self.autoreset_mode is AutoresetMode.DISABLED:
             ended &= ~were
         if ended.any():
-            more = {"metrics": self._metrics(ended), "_metrics": ended}
+            more = self._tell({"metrics": self._metrics(ended), "_metrics": ended}, ended)
         if self.autoreset_mode is AutoresetMode.SAME_STEP:
             more = self._final(ended, begun, more) if more else {}
             out[TERMINATED:, ended] = 0.0  # what they do from here on is the next episode
@@ -284,7 +294,15 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
             self._next_seeds[begun] = -1
             self._draw_ahead(begun)
             out[DT, begun] = bank.s["clock"][begun]
+        if begun.any():
+            more = self._tell(more, begun)
         return {**self._infos(self._all), **more}
+
+    def _tell(self, infos: dict[str, Any], lanes: NDArray[np.bool_]) -> dict[str, Any]:
+        """The infos with what is known of the best schedules of these environments' episodes."""
+        for i in np.flatnonzero(lanes & (self.fleet.references != None)):  # noqa: E711  (of an array)
+            infos = self._add_info(infos, {"reference": self.fleet.references[i].summary()}, i)
+        return infos
 
     def _final(
         self, ended: NDArray[np.bool_], begun: NDArray[np.bool_], info: dict[str, Any]

@@ -77,6 +77,12 @@ class Reference:
         """Whether the bound proves the best known schedule optimal."""
         return self.bound >= self.best_known * (1 - 1e-9)
 
+    def score(self, latency_s: float) -> float:
+        """How far a mean latency has come from vLLM V1's, 0, to the best known, 1; nan where there is nothing
+        between them."""
+        way = self.vllm_v1 - self.best_known
+        return (self.vllm_v1 - latency_s) / way if way > 0 else math.nan
+
     def summary(self) -> dict[str, Any]:
         """For infos: best_known, or optimum if it is one; bound, vllm_v1 and method."""
         best = "optimum" if self.optimal else "best_known"
