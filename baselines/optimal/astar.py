@@ -27,6 +27,9 @@ label can follow the first:
 In each case the second label can be dropped.
 """
 
+# mypy: disable-error-code="arg-type,assignment,return-value"
+# (numpy's integers are no int to it, and all the same to numba)
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
