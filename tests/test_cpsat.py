@@ -85,7 +85,7 @@ def test_blocks_and_seats() -> None:
 @pytest.mark.slow
 def test_at_random() -> None:
     rng = np.random.default_rng(0)
-    for _ in range(40):
+    for _ in range(25):
         n = int(rng.integers(2, 4))
         rows = sorted([float(rng.choice([0, 0, 7, 13.5])), *rng.integers(1, 4, 2).tolist()] for _ in range(n))
         allow = ALLOWED[rng.integers(len(ALLOWED))]
@@ -95,8 +95,10 @@ def test_at_random() -> None:
             rows, int(rng.integers(6, 12)), int(rng.integers(3, 7)), cost, allow=allow, objective=objective
         )
         found = solved(instance)
-        assert found.bound <= optimum(instance) * (1 + 1e-9) + 1e-9, instance.to_json()
-        assert found.objective <= optimum(instance) * (1 + 1e-9), instance.to_json()
+        # Who is preempted more than once may do better.
+        best = optimum(instance, preemptions=1)
+        assert found.bound <= best * (1 + 1e-9), instance.to_json()
+        assert found.objective <= best * (1 + 1e-9), instance.to_json()
 
 
 # ---------------------------------------------------------------------- horizons

@@ -136,19 +136,22 @@ class _Search:
     def solve(self) -> Solution:
         """Choose a model and solve it."""
         bound = self.ticks.value(self.ticks.least())
-        if self.wanted is None or not self._reached():
+        if self.wanted is None or not (self._reached() or self.enough < self.ticks.least()):
             model = self._model()
             self.details["model"] = model
             bound = {"batches": self._batches, "rounds": self._rounds, "csp": self._csp}[model]()
         if self.given is not None:
             bound = min(bound, self.given) if self.instance.maximise else max(bound, self.given)
+        stopped = "gap"
+        if self.runner.over:
+            stopped = self.runner.stopped
         return Solution.of(
             self.instance,
             self.schedule,
             bound,
             "cpsat",
             self.runner.seconds,
-            self.runner.stopped or "gap",
+            stopped,
             **self.details,
             runs=self.runner.runs,
         )
@@ -254,6 +257,7 @@ class _Search:
                 model.add(csp.objective >= low)
             if hinted:
                 at_hint = csp.hinted_objective()
+                error = abs(self.objective - ticks.value(at_hint))
                 model.add(csp.objective <= at_hint)
             else:
                 model.add(csp.objective <= below)
