@@ -52,14 +52,17 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
 
-def lower_bounds(instance: Instance, objective: str | None = None, *, rounds: int = 60) -> dict[str, float]:
+def lower_bounds(
+    instance: Instance, objective: str | None = None, *, rounds: int | None = None
+) -> dict[str, float]:
     """Bounds by name, see `BOUNDS`: no schedule does better. Above the objective for slo_goodput, else below.
 
     Nothing is certain of a custom cost model, whose bounds are 0.
 
     Args:
         objective: of `OBJECTIVES`; None: the instance's own.
-        rounds: of the ascent of "prices", which take a few milliseconds for each 100 requests; 0: without it.
+        rounds: of the ascent of "prices", about 20 ms each for 1,000 requests; 0: without it; None: 60, and
+            fewer for more than 1,000 requests.
 
     Raises:
         InputError: an unknown objective.
@@ -79,7 +82,9 @@ def lower_bounds(instance: Instance, objective: str | None = None, *, rounds: in
     return {name: max(0.0, float(value) * _SAFE) for name, value in found.items()}
 
 
-def best_bound(instance: Instance, objective: str | None = None, *, rounds: int = 60) -> tuple[str, float]:
+def best_bound(
+    instance: Instance, objective: str | None = None, *, rounds: int | None = None
+) -> tuple[str, float]:
     """The name and the value of the tightest of `lower_bounds`."""
     found = lower_bounds(instance, objective, rounds=rounds)
     most = min if (objective or instance.objective) == "slo_goodput" else max
@@ -100,7 +105,7 @@ def capacity(instance: Instance) -> float:
     return len(instance) / max(seconds) if max(seconds) > 0 else math.inf
 
 
-def report(instance: Instance, *, rounds: int = 60) -> list[dict[str, Any]]:
+def report(instance: Instance, *, rounds: int | None = None) -> list[dict[str, Any]]:
     """All bounds of an instance, a row each: objective, bound, value, unit, best (of its objective), what.
 
     A request without targets has no bound on slo_goodput.
@@ -367,7 +372,9 @@ def _mean_ttft(need: _Need) -> dict[str, float]:
     return {"alone": need.first.mean(), "order": order / len(ones)}
 
 
-def _total_latency(instance: Instance, need: _Need, rounds: int) -> dict[str, float]:
+def _total_latency(instance: Instance, need: _Need, rounds: int | None) -> dict[str, float]:
+    if rounds is None:
+        rounds = max(10, min(60, 60_000 // len(instance)))
     found = {
         "alone": need.alone.sum(),
         "order": _order(need, need.output, need.shares, need.alone),

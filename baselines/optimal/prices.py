@@ -30,11 +30,10 @@ as token j takes at least d_j = max_r (c0[r] + w[r, j]) seconds. Its minimum is 
 * Preempted, a request makes its next token from a prefill of everything so far, whose last token is computed
   when that token comes out, and the rest in any bucket since the token before.
 
-The dual is concave in the prices. They start from the run of a good scheduler: a request whose iterations
-cost (E - t) / O at time t is indifferent to when it is served until E, and this is the dual optimum of an
-engine in steady state where E is its own finish and the others' work stays the same. From there they follow
-the supergradient with momentum: an iteration becomes dearer to a request that has more tokens in a bucket
-than there is time for iterations in it.
+The dual is concave. The prices start from the run of a good scheduler: a request whose iterations cost
+(E - t) / O at time t is indifferent to when it is served until E, and in a steady state the best E is when as
+many iterations have passed as it needs. From there they follow the supergradient with momentum: an iteration
+becomes dearer to a request that has more tokens in a bucket than there is time for iterations in it.
 
 How tight it is: the relaxation lets a request be split into parts that run at full pace one after the other,
 where a whole one would run slowly from beginning to end. For equal requests in steady state, of which S is
@@ -43,6 +42,7 @@ the time alone and F the time shared, the best prices give (F + S) / 2.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +53,7 @@ from llmsched_env.core.compile import njit
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-_STEP, _MOMENTUM = 0.04, 0.95  # of the ascent
+_STEP, _AIM, _MOMENTUM = 3.0, 0.2, 0.95  # of the ascent
 
 
 class Courses(NamedTuple):
@@ -364,10 +364,11 @@ def dual_bound(
     at = np.minimum(first[owner] + np.arange(window[-1]) - window[owner], H - 1)
     served = np.searchsorted(ends, arrival, "right") + output - 1
     until = np.minimum(ends[np.minimum(served, len(ends) - 1)], finish)
-    nu = np.maximum(until[owner] - (at + 0.5) * bucket, 0.0) / output[owner]
+    nu: Floats = np.maximum(until[owner] - (at + 0.5) * bucket, 0.0) / output[owner]
     nu *= np.clip((at + 1) - arrival[owner] / bucket, 0.0, 1.0)
-    kappa = np.zeros(H)
-    favour = np.zeros((len(rows), H))  # of a row in a bucket, as a logarithm
+    kappa: Floats = np.zeros(H)
+    # How much of the seconds' price each row has in a bucket, as a logarithm: all as much, or one the most.
+    favours = [np.zeros((len(rows), H)), *(np.tile(4.0 * one, (H, 1)).T for one in np.eye(len(rows)))]
     c0 = rows[:, :1]
     used = np.zeros(len(nu)), np.zeros((len(rows), H)), np.zeros(H)
 
@@ -378,23 +379,37 @@ def dual_bound(
         mu = weights * (np.bincount(at, nu, H) + kappa)
         return _dual(c, recompute, mu, nu, kappa, *used), weights
 
-    scales = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
-    nu = nu * scales[int(np.argmax([value(x * nu, kappa, favour)[0] for x in scales]))]
-    usual, per_token = bucket / c0.max(), (stay / output)[owner]
+    # Start from a share of these prices, or from one machine's, on which a second at time t delays all that
+    # are there, or all that finish later; by the row that serves best.
+    later = len(finish) - np.searchsorted(np.sort(finish), np.arange(H) * bucket)
+    there = later - (len(finish) - np.searchsorted(arrival, (np.arange(H) + 1) * bucket))
+    starts: list[tuple[Floats, Floats]] = [(share * nu, kappa) for share in (0.1, 0.3, 0.6, 1.0)]
+    for count, share in itertools.product((there, later), (0.5, 1.5)):
+        starts.append((np.zeros_like(nu), (share * float(c0.min()) * count).astype(np.float64)))
+    rated = {
+        value(nu, kappa, favour)[0]: (nu, kappa, favour)
+        for (nu, kappa), favour in itertools.product(starts, favours)
+    }
+    best = max(rated)
+    prices = rated[best]
+    best = max(best, float(alone.sum()))
     share = float((shares[:, 0] * output).mean())
-    per_share = float(stay.mean()) / share if share > 0 else 0.0
-    best, prices = float(alone.sum()), (nu, kappa, favour)  # what it is without prices
+    per_token, per_share = (stay / output)[owner], float(stay.mean()) / share if share > 0 else 0.0
+    usual = bucket / float(c0.max())
     speeds = [np.zeros_like(x) for x in prices]
-    for k in range(rounds):
+    for _ in range(rounds):
         found, weights = value(*prices)
         best = max(best, found)
         free = (bucket - used[1]) / c0  # iterations that each row leaves time for
         spare = (weights * c0 * free).sum(axis=0)
         slopes = ((used[0] - spare[at]), (used[2] - spare), np.clip(spare - free, -usual, usual))
-        step = _STEP / usual / np.sqrt(1 + k / 10)
-        for speed, slope, scale in zip(speeds, slopes, (per_token, per_share, 10.0), strict=True):
+        # Polyak's step, for a value a little above the best so far, on the way to that of the schedule.
+        square = float((per_token * slopes[0] ** 2).sum() + per_share * (slopes[1] ** 2).sum())
+        step = _STEP * (best + _AIM * (float(stay.sum()) - best) - found) / max(square, 1e-300)
+        moves = (per_token * slopes[0], per_share * slopes[1], 10.0 * slopes[2])
+        for speed, move in zip(speeds, moves, strict=True):
             speed *= _MOMENTUM
-            speed += (1 - _MOMENTUM) * step * scale * slope
+            speed += (1 - _MOMENTUM) * step * move
         nu, kappa, favour = (x + speed for x, speed in zip(prices, speeds, strict=True))
         prices = np.maximum(nu, 0.0), np.maximum(kappa, 0.0), favour
     return best
