@@ -7,6 +7,7 @@ nobody is ever short of memory, and the schedule is legal whatever is allowed. W
 
     delay     iterations that a request is held back after it could first be admitted
     cap       most tokens of an iteration with prefills; prompts are cut to it where chunks are allowed
+    pace      the same for the iterations in which one request prefills; 0: the cap
     batch     most requests that hold KV cache at once
     depth     places of the list behind the first that waits which are looked at (backfilling); 0: none
     alone     prefills run in iterations of their own, in which decodes sit out (where pauses are allowed)
@@ -23,6 +24,7 @@ the rounding of sums over requests.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,9 +35,10 @@ from llmsched_env.core.compile import njit
 from llmsched_env.core.cost import batch_time
 from llmsched_env.core.run import EVICTED
 from llmsched_env.core.schedule import Schedule
-from llmsched_env.core.span import trailing_zeros
+from llmsched_env.core.span import span, trailing_zeros
 
-_LATENCY, _GPU, _MAKESPAN, _TTFT, _GOODPUT = range(len(OBJECTIVES))
+LATENCY, _GPU, _MAKESPAN, _TTFT, _GOODPUT = range(len(OBJECTIVES))
+_i64: Any = np.int64  # its stubs say that it is no float
 _CHUNKS = 256  # pieces that a prompt may be cut into: bounds how far the profile looks ahead
 _NEVER = 2**31 - 1
 
@@ -70,8 +73,33 @@ class Knobs(NamedTuple):
     cap: int
     batch: int
     depth: int
-    alone: bool
+    alone: int
     reach: int
+
+
+CAP, BATCH, DEPTH, ALONE, REACH = range(5)  # in the array that compiled code gets
+
+
+class Plan(NamedTuple):
+    """A list schedule: (N,) int32 arrays, and the array of the knobs."""
+
+    order: NDArray[np.int32]  # the list
+    rank: NDArray[np.int32]  # the place of each request in it
+    delay: NDArray[np.int32]
+    pace: NDArray[np.int32]
+    knobs: NDArray[np.int64]
+
+    @staticmethod
+    def of(knobs: Knobs, order: NDArray[np.int32]) -> Plan:
+        """That of a list, without delays and paces."""
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order), dtype=np.int32)
+        return Plan(order, rank, np.zeros_like(order), np.zeros_like(order), np.array(knobs, np.int64))
+
+    def copy(self) -> Plan:
+        """One that shares no array with this one."""
+        order, rank, delay, pace, knobs = self
+        return Plan(order.copy(), rank.copy(), delay.copy(), pace.copy(), knobs.copy())
 
 
 class Log(NamedTuple):
@@ -90,8 +118,8 @@ _PREFILLING, _COMPUTED, _NEXT, SEEN, ADMITTED = range(7, 12)
 _ITERATIONS, _CHUNKED, _SPELLS, _RING = range(12, 16)
 _NUMBERS, _RINGS, _COLUMNS = 16, 3, 6
 _FUTURE, _WAITING, _DUE, _RUNNING, _DONE = range(5)  # DUE: waits, and its delay is over
-_CLOCK, _BUSY, _LATENCIES, _TTFTS, _MISSED, _EXCESS = range(6)
-_FLOATS = 6
+_CLOCK, _BUSY, _LATENCIES, _TTFTS, _MISSED, _EXCESS, _ARRIVALS = range(7)  # the last of those who are there
+_FLOATS = 7
 
 
 def task_of(instance: Instance) -> Task:
@@ -122,16 +150,24 @@ def task_of(instance: Instance) -> Task:
 def knobs_of(task: Task, **changes: Any) -> Knobs:
     """Knobs as free as the engine, with changes, brought into range."""
     limits, n = task.limits, len(task.arrival)
-    made = Knobs(limits.budget, limits.seqs, n, False, 0)._replace(**changes)
-    least = -(-int((task.prompt + task.output).max()) // _CHUNKS)
-    most = min(limits.seqs, limits.budget)  # all who decode need a token in each iteration
+    made = Knobs(limits.budget, limits.seqs, n, 0, 0)._replace(**changes)
     return Knobs(
-        int(min(limits.budget, max(least, made.cap))),
-        int(max(1, min(most, made.batch))),
+        int(min(limits.budget, max(least_cap(task), made.cap))),
+        int(max(1, min(most_batch(task), made.batch))),
         int(max(0, min(n, made.depth))),
-        bool(made.alone),
+        int(made.alone),
         int(made.reach),
     )
+
+
+def least_cap(task: Task) -> int:
+    """Tokens of an iteration with which no prompt takes more chunks than the profile looks ahead."""
+    return -(-int((task.prompt + task.output).max()) // _CHUNKS)
+
+
+def most_batch(task: Task) -> int:
+    """Requests that may be there at once: all who decode need a token in each iteration."""
+    return min(task.limits.seqs, task.limits.budget, len(task.arrival))
 
 
 @dataclasses.dataclass
@@ -142,12 +178,14 @@ class Memory:
         state, floats: see above; floats ends with the N times of first tokens.
         bits: (2, W) int64, the waiting and the running requests as sets of places in the list.
         sequence: (2 N,) int32, the requests in the order in which they were first admitted, and scratch.
+        admitted: (N,) float64, seconds: when.
     """
 
     state: NDArray[np.int32]
     floats: NDArray[np.float64]
     bits: NDArray[np.int64]
     sequence: NDArray[np.int32]
+    admitted: NDArray[np.float64]
 
     @staticmethod
     def of(task: Task) -> Memory:
@@ -158,7 +196,7 @@ class Memory:
         state[_RING] = ring
         bits = np.zeros((2, n // 64 + 1), np.int64)
         # Behind the sequence there is room for victims.
-        memory = Memory(state, np.zeros(_FLOATS + n), bits, np.zeros(2 * n, np.int32))
+        memory = Memory(state, np.zeros(_FLOATS + n), bits, np.zeros(2 * n, np.int32), np.zeros(n))
         reset(task, memory.state, memory.floats)
         return memory
 
@@ -211,10 +249,33 @@ def _shortfall(limits, held, load, tick, base, left, budget, cap, alone) -> int:
             done += min(base - done, max(0, cap - load[start & mask]))
             if _blocks(done, size) > limits.blocks - held[start & mask]:
                 worst = start - tick + 1
-    for j in range(1 if alone else 0, left):
-        free = (limits.blocks - held[(start + j) & mask]) * size
-        worst = max(worst, min(start - tick + j + 1, base + j - free))
+    j = 1 if alone else 0
+    while j < left:
+        # A stretch of the ring without a wrap, and without divisions: this is the innermost loop.
+        at = (start + j) & mask
+        stretch = min(left - j, len(held) - at)
+        lack = base + j - limits.blocks * size
+        over = start - tick + j + 1
+        for i in range(stretch):
+            worst = max(worst, min(over + i, lack + i + held[at + i] * size))
+        j += stretch
     return worst
+
+
+@njit
+def _change(limits, held, load, base, since, first, last, sign) -> None:  # type: ignore[no-untyped-def]
+    """Take the decodes of ticks first to last of a request, whose prefill ended at `since`, out of the
+    profile, or put them back."""
+    mask, size = len(held) - 1, limits.block_size
+    blocks = _blocks(base + first - since, size)
+    room = blocks * size - (base + first - since)
+    for t in range(first, last + 1):
+        if room < 0:
+            blocks += 1
+            room += size
+        held[t & mask] += sign * blocks
+        load[t & mask] += sign
+        room -= 1
 
 
 @njit
@@ -232,37 +293,25 @@ def _reserve(limits, held, load, tick, base, left, budget, cap, alone) -> int:  
             done += min(base - done, max(0, cap - load[start & mask]))
     if not alone:
         held[start & mask] += _blocks(base, size)
-    for j in range(1, left):
-        held[(start + j) & mask] += _blocks(base + j, size)
-        load[(start + j) & mask] += 1
+    _change(limits, held, load, base, start, start + 1, start + left - 1, 1)
     return start
 
 
 @njit
-def _change(limits, held, load, base, since, first, last, sign) -> None:  # type: ignore[no-untyped-def]
-    """Take the decodes of ticks first to last of a request, whose prefill ended at `since`, out of the
-    profile, or put them back."""
-    mask = len(held) - 1
-    for t in range(first, last + 1):
-        held[t & mask] += sign * _blocks(base + t - since, limits.block_size)
-        load[t & mask] += sign
-
-
-@njit
 def _set(bits, place: int) -> None:  # type: ignore[no-untyped-def]
-    bits[place >> 6] |= np.int64(1) << np.int64(place & 63)
+    bits[place >> 6] |= _i64(1) << _i64(place & 63)
 
 
 @njit
 def _clear(bits, place: int) -> None:  # type: ignore[no-untyped-def]
-    bits[place >> 6] &= ~(np.int64(1) << np.int64(place & 63))
+    bits[place >> 6] &= ~(_i64(1) << _i64(place & 63))
 
 
 @njit
 def _last(bits, below: int, least: int) -> int:  # type: ignore[no-untyped-def]
     """The last place before `below` and not before `least` in the set, -1 if there is none."""
     for p in range(below - 1, least - 1, -1):
-        if (bits[p >> 6] >> np.int64(p & 63)) & 1:
+        if (bits[p >> 6] >> _i64(p & 63)) & 1:
             return p
     return -1
 
@@ -274,6 +323,7 @@ def _finish(task, state, floats, status, r, clock) -> None:  # type: ignore[no-u
     state[_FINISHED] += 1
     state[_RESIDENT] -= 1
     floats[_LATENCIES] += clock - task.arrival[r]
+    floats[_ARRIVALS] -= task.arrival[r]
     first = floats[_FLOATS + r]
     over = max(
         (first - task.arrival[r]) / task.ttft_target[r],
@@ -291,7 +341,7 @@ def score(task, floats) -> tuple[float, float]:  # type: ignore[no-untyped-def]
     n = len(task.arrival)
     objective = task.limits.objective
     latency = floats[_LATENCIES]
-    if objective == _LATENCY:
+    if objective == LATENCY:
         return latency, latency
     if objective == _TTFT:
         value = floats[_TTFTS] / n
@@ -306,37 +356,60 @@ def score(task, floats) -> tuple[float, float]:  # type: ignore[no-untyped-def]
 
 @njit
 def run(  # type: ignore[no-untyped-def]
-    task, knobs, order, rank, delay, state, floats, bits, sequence, log, kept, kept_floats, first_kept
-) -> None:
+    task, plan, state, floats, bits, sequence, admitted, log, kept, kept_floats, first_kept, bar
+) -> bool:
     """Run a list schedule from `state` to the end.
 
     Args:
-        order, rank: (N,) int32, the list, and the place of each request in it.
-        delay: (N,) int32, iterations.
+        sequence, admitted: the requests in the order in which they are first admitted, and when (s).
         kept, kept_floats: (S, ...) where states are kept whenever N / S more requests have been admitted,
             from row `first_kept` on; of length 0: nowhere.
+        bar: inf, or the run is compared with the one whose states are kept, and left when the integral of
+            the requests in the system exceeds that one's by so much (request-seconds) at such a moment.
+
+    Returns:
+        whether it was run to the end.
     """
+    # Spans: passing arrays on would cost more than most of what is done with them.
     limits = task.limits
+    whole = task
+    order, rank, delay, pace, knobs = (
+        span(plan.order),
+        span(plan.rank),
+        span(plan.delay),
+        span(plan.pace),
+        span(plan.knobs),
+    )
+    task = Task(
+        span(whole.arrival),
+        span(whole.prompt),
+        span(whole.output),
+        span(whole.ttft_target),
+        span(whole.tpot_target),
+        span(whole.cost),
+        limits,
+    )
     n, ring = len(order), state[_RING]
     mask, size = ring - 1, limits.block_size
-    held = state[_NUMBERS : _NUMBERS + ring]
-    load = state[_NUMBERS + ring : _NUMBERS + 2 * ring]
-    heads = state[_NUMBERS + 2 * ring : _NUMBERS + 3 * ring]
+    held = span(state[_NUMBERS : _NUMBERS + ring])
+    load = span(state[_NUMBERS + ring : _NUMBERS + 2 * ring])
+    heads = span(state[_NUMBERS + 2 * ring : _NUMBERS + 3 * ring])
     at = _NUMBERS + 3 * ring
-    status = state[at : at + n]
-    base = state[at + n : at + 2 * n]  # tokens that its next prefill computes
-    left = state[at + 2 * n : at + 3 * n]  # tokens of the answer that its next prefill and decodes give
-    ready = state[at + 3 * n : at + 4 * n]  # tick before which it cannot be admitted
-    behind = state[at + 4 * n : at + 5 * n]  # next in the list of those that end at the same tick
-    since = state[at + 5 * n : at + 6 * n]  # tick of the first token
-    first_token = floats[_FLOATS:]
-    waiting, running = bits[0], bits[1]
-    cap, batch, alone = knobs.cap, knobs.batch, knobs.alone
+    status = span(state[at : at + n])
+    base = span(state[at + n : at + 2 * n])  # tokens that its next prefill computes
+    left = span(state[at + 2 * n : at + 3 * n])  # tokens of the answer that its next prefill and decodes give
+    ready = span(state[at + 3 * n : at + 4 * n])  # tick before which it cannot be admitted
+    behind = span(state[at + 4 * n : at + 5 * n])  # next in the list of those that end at the same tick
+    since = span(state[at + 5 * n : at + 6 * n])  # tick of the first token
+    whole_state, state = state, span(state)
+    whole_floats, floats = floats, span(floats)
+    bits[:] = 0
+    waiting, running = span(bits[0]), span(bits[1])
+    cap, batch, alone = knobs[CAP], knobs[BATCH], knobs[ALONE] != 0
+    depth, reach = knobs[DEPTH], knobs[REACH]
     logged = len(log.start) > 0
     stride = max(1, n // max(1, len(kept)))
 
-    waiting[:] = 0
-    running[:] = 0
     for p in range(n):
         if status[order[p]] == _WAITING or status[order[p]] == _DUE:
             _set(waiting, p)
@@ -346,29 +419,67 @@ def run(  # type: ignore[no-untyped-def]
     clock = floats[_CLOCK]
     while state[_FINISHED] < n:
         if first_kept < len(kept) and state[ADMITTED] >= first_kept * stride:
+            if bar < np.inf:
+                other = kept_floats[first_kept]
+                if kept[first_kept, SEEN] < _NEVER:
+                    here = kept[first_kept, _ARRIVED] - kept[first_kept, _FINISHED]
+                    mine = floats[_LATENCIES] - floats[_ARRIVALS]
+                    mine += (state[_ARRIVED] - state[_FINISHED]) * clock
+                    its = other[_LATENCIES] - other[_ARRIVALS] + here * other[_CLOCK]
+                    if mine - its - here * (clock - other[_CLOCK]) > bar:
+                        return False
+                first_kept += 1
+                continue
             floats[_CLOCK] = clock
-            kept[first_kept] = state
-            kept_floats[first_kept] = floats
+            kept[first_kept] = whole_state
+            kept_floats[first_kept] = whole_floats
             first_kept += 1
         tick = state[_TICK]
         while state[_ARRIVED] < n and task.arrival[state[_ARRIVED]] <= clock:
             r = state[_ARRIVED]
             state[_ARRIVED] += 1
+            floats[_ARRIVALS] += task.arrival[r]
             status[r] = _WAITING
             _set(waiting, rank[r])
             state[_NEXT] = tick
 
+        # ---- nothing but decoding until the next event
+        if state[_PREFILLING] < 0 and tick < state[_NEXT] and state[_DECODES] > 0:
+            D, KV = _i64(state[_DECODES]), _i64(state[_CONTEXT])
+            until = task.arrival[state[_ARRIVED]] if state[_ARRIVED] < n else np.inf
+            first = tick
+            busy = floats[_BUSY]
+            while tick < state[_NEXT] and clock < until and heads[tick & mask] < 0:
+                dt = batch_time(task.cost, 0, 0, 0.0, 0, D, KV)
+                if logged:
+                    log.start[state[_ITERATIONS] + tick - first] = clock
+                    log.tick[state[_ITERATIONS] + tick - first] = tick
+                clock += dt
+                busy += dt
+                KV += D
+                tick += 1
+            if tick > first:
+                floats[_BUSY] = busy
+                state[_ITERATIONS] += tick - first
+                state[_CONTEXT] = KV
+                state[_TICK] = tick
+                state[_HELD] = held[(tick - 1) & mask]
+                for t in range(first, tick):
+                    held[t & mask] = 0
+                    load[t & mask] = 0
+                continue
+
         # ---- who prefills
-        P, NP, CX, KP = 0, 0, 0.0, 0
+        P, NP, CX, KP = _i64(0), _i64(0), 0.0, _i64(0)
         decodes = 0 if alone else state[_DECODES]
         joined = -1  # list of those whose first token comes out
         evictions = 0
         r = state[_PREFILLING]
         if r >= 0:
             done = state[_COMPUTED]
-            c = min(base[r] - done, cap - decodes)
+            c = min(base[r] - done, (pace[r] if pace[r] > 0 else cap) - decodes)
             if c > 0:
-                P, NP, CX, KP = c, 1, c * (done + 0.5 * c), done
+                P, NP, CX, KP = _i64(c), _i64(1), c * (done + 0.5 * c), _i64(done)
                 state[_HELD] += _blocks(done + c, size) - _blocks(done, size)
                 state[_COMPUTED] = done + c
                 if logged:
@@ -394,10 +505,10 @@ def run(  # type: ignore[no-untyped-def]
                 if word == 0:
                     break
                 p = 64 * w + trailing_zeros(word)
-                word &= word - np.int64(1)
+                word &= word - _i64(1)
                 if head < 0:
                     head = p
-                if p > head + knobs.depth:
+                if p > head + depth:
                     break
                 state[SEEN] = max(state[SEEN], p)
                 r = order[p]
@@ -407,10 +518,13 @@ def run(  # type: ignore[no-untyped-def]
                 if state[_RESIDENT] >= batch:
                     soonest = tick + 1
                     break
-                budget = cap - decodes - P
+                own = pace[r] if pace[r] > 0 else cap
+                budget = own - decodes - P
                 if limits.chunk:
                     if budget < 1:
                         soonest = soon
+                        if pace[r] > 0:
+                            continue
                         break
                 elif base[r] > budget and (P > 0 or base[r] > limits.budget - decodes):
                     soonest = soon if P > 0 else tick + 1
@@ -420,13 +534,13 @@ def run(  # type: ignore[no-untyped-def]
                 if alone and state[_HELD] + _blocks(base[r], size) > limits.blocks:
                     soonest = soon if P > 0 else tick + 1
                     continue
-                late = _shortfall(limits, held, load, tick, base[r], left[r], budget, cap, alone)
-                if late > 0 and knobs.reach > 0 and not tried and (status[r] == _DUE or delay[r] == 0):
+                late = _shortfall(limits, held, load, tick, base[r], left[r], budget, own, alone)
+                if late > 0 and reach > 0 and not tried and (status[r] == _DUE or delay[r] == 0):
                     # Take victims out of the profile, last in the list first, until r fits.
                     tried = True
                     taken, q = 0, n
                     while late > 0:
-                        q = _last(running, q, p + knobs.reach)
+                        q = _last(running, q, p + reach)
                         if q < 0:
                             break
                         v = order[q]
@@ -437,7 +551,7 @@ def run(  # type: ignore[no-untyped-def]
                         _change(limits, held, load, base[v], since[v], tick, since[v] + left[v] - 1, -1)
                         sequence[n + taken] = v
                         taken += 1
-                        late = _shortfall(limits, held, load, tick, base[r], left[r], budget, cap, alone)
+                        late = _shortfall(limits, held, load, tick, base[r], left[r], budget, own, alone)
                     for k in range(taken):
                         v = sequence[n + k]
                         if late > 0:
@@ -479,7 +593,7 @@ def run(  # type: ignore[no-untyped-def]
                             some = waiting[k]
                             while some != 0:
                                 ready[order[64 * k + trailing_zeros(some)]] = soon
-                                some &= some - np.int64(1)
+                                some &= some - _i64(1)
                         soonest = soon
                 if late > 0:
                     ready[r] = tick + late
@@ -496,9 +610,10 @@ def run(  # type: ignore[no-untyped-def]
                 _clear(waiting, p)
                 _set(running, p)
                 status[r] = _RUNNING
-                since[r] = _reserve(limits, held, load, tick, base[r], left[r], budget, cap, alone)
+                since[r] = _reserve(limits, held, load, tick, base[r], left[r], budget, own, alone)
                 if left[r] == task.output[r]:
                     sequence[state[ADMITTED]] = r
+                    admitted[state[ADMITTED]] = clock
                     state[ADMITTED] += 1
                 state[_RESIDENT] += 1
                 c = min(base[r], budget)
@@ -524,7 +639,7 @@ def run(  # type: ignore[no-untyped-def]
                 state[_NEXT] = tick
 
         # ---- the iteration
-        D, KV = state[_DECODES], state[_CONTEXT]
+        D, KV = _i64(state[_DECODES]), _i64(state[_CONTEXT])
         pure = alone and P > 0
         if pure:
             D, KV = 0, 0
@@ -577,7 +692,7 @@ def run(  # type: ignore[no-untyped-def]
             r = joined
             joined = behind[r]
             if left[r] == task.output[r]:
-                first_token[r] = clock
+                floats[_FLOATS + r] = clock
                 floats[_TTFTS] += clock - task.arrival[r]
             if left[r] == 1:
                 state[_HELD] -= _blocks(base[r], size)
@@ -590,44 +705,30 @@ def run(  # type: ignore[no-untyped-def]
                 behind[r] = heads[end]
                 heads[end] = r
     floats[_CLOCK] = clock
+    if bar == np.inf:
+        for row in range(first_kept, len(kept)):
+            kept[row, SEEN] = _NEVER
+    return True
 
 
 # ---------------------------------------------------------------------- from Python
 
-_NO_LOG = Log(np.zeros(0), np.zeros(0, np.int32), np.zeros((0, 3), np.int32), np.zeros((0, 3), np.int32))
-_NOWHERE: tuple[NDArray[np.int32], NDArray[np.float64]] = (np.zeros((0, 0), np.int32), np.zeros((0, 0)))
+NO_LOG = Log(np.zeros(0), np.zeros(0, np.int32), np.zeros((0, 3), np.int32), np.zeros((0, 3), np.int32))
+NOWHERE: tuple[NDArray[np.int32], NDArray[np.float64]] = (np.zeros((0, 0), np.int32), np.zeros((0, 0)))
 
 
-def ranks(order: NDArray[np.int32]) -> NDArray[np.int32]:
-    """The place of each request in a list."""
-    rank = np.empty_like(order)
-    rank[order] = np.arange(len(order), dtype=np.int32)
-    return rank
-
-
-def evaluate(
-    task: Task,
-    memory: Memory,
-    knobs: Knobs,
-    order: NDArray[np.int32],
-    delay: NDArray[np.int32],
-    log: Log = _NO_LOG,
-) -> tuple[float, float]:
+def evaluate(task: Task, memory: Memory, plan: Plan, log: Log = NO_LOG) -> tuple[float, float]:
     """`score` of a list schedule; its run stays in `memory`."""
     reset(task, memory.state, memory.floats)
-    run(
-        task, knobs, order, ranks(order), delay, memory.state, memory.floats, memory.bits, memory.sequence,
-        log, *_NOWHERE, 0,
-    )  # fmt: skip
+    m = memory
+    run(task, plan, m.state, m.floats, m.bits, m.sequence, m.admitted, log, *NOWHERE, 0, math.inf)
     value, guide = score(task, memory.floats)
     return float(value), float(guide)
 
 
-def schedule_of(
-    task: Task, memory: Memory, knobs: Knobs, order: NDArray[np.int32], delay: NDArray[np.int32]
-) -> Schedule:
+def schedule_of(task: Task, memory: Memory, plan: Plan) -> Schedule:
     """All decisions of a list schedule."""
-    evaluate(task, memory, knobs, order, delay)
+    evaluate(task, memory, plan)
     iterations, chunked, spells = (int(memory.state[i]) for i in (_ITERATIONS, _CHUNKED, _SPELLS))
     log = Log(
         np.zeros(iterations),
@@ -635,7 +736,7 @@ def schedule_of(
         np.zeros((chunked, 3), np.int32),
         np.zeros((spells, 3), np.int32),
     )
-    evaluate(task, memory, knobs, order, delay, log)
+    evaluate(task, memory, plan, log)
     iteration = np.zeros(int(log.tick.max()) + 2, np.int64)  # of a tick
     iteration[log.tick] = np.arange(iterations)
     length = np.maximum(0, log.spells[:, 2] - log.spells[:, 1] + 1)
