@@ -296,11 +296,13 @@ def actions(many: Any, g: np.random.Generator) -> NDArray[np.int64]:
 
 
 def assert_same_infos(a: dict[str, Any], b: dict[str, Any], where: str = "") -> None:
-    """Those of environments one by one, and of many: which also have metrics where the time was up."""
-    assert a.keys() | {"metrics", "_metrics"} == b.keys() | {"metrics", "_metrics"}, where
+    """Those of environments one by one, and of many: which also tell of the end where the time was up."""
+    at_end = {"metrics", "_metrics", "reference", "_reference"}
+    assert a.keys() | at_end == b.keys() | at_end, where
     for key, value in a.items():
         if key.startswith("_"):
-            assert (b[key] >= value).all() if "metrics" in where + key else (b[key] == value).all(), where
+            more = any(name in where + key for name in at_end)
+            assert (b[key] >= value).all() if more else (b[key] == value).all(), where
             continue
         there = a[f"_{key}"]
         if isinstance(value, dict):

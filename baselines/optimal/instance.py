@@ -219,15 +219,20 @@ class Instance:
                 )
             except InputError as error:
                 raise InputError(f"{where}: {error}") from None
-        for key, value in (("kv_tokens", kv_tokens), ("token_budget", token_budget)):
+        sizes = {"kv_tokens": kv_tokens, "token_budget": token_budget, "block_size": block_size}
+        for key, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
                 raise InputError(f"{where}: {key} must be a whole number of tokens, not {value!r}")
-        if isinstance(allow, str):
+        for key, text in (("objective", objective), ("name", name)):
+            if not isinstance(text, str):
+                raise InputError(f"{where}: {key} must be a text, not {text!r}")
+        allow = allow if isinstance(allow, str) or not isinstance(allow, Iterable) else list(allow)
+        if not isinstance(allow, list) or not all(isinstance(what, str) for what in allow):
             raise InputError(f"{where}: allow must be a list of names, not {allow!r}")
         return Instance(
             requests,
             EngineConfig(
-                kv_blocks=int(kv_tokens) // int(block_size) if block_size else 0,
+                kv_blocks=int(kv_tokens) // int(block_size),
                 block_size=int(block_size),
                 token_budget=int(token_budget),
                 max_num_seqs=len(requests) if max_num_seqs is None else max_num_seqs,

@@ -173,7 +173,7 @@ class Solution:
                 objective that it claims.
         """
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as data:
                 if str(data["format"]) != _FORMAT:
                     raise InputError(f"{path}: format {data['format']}, not {_FORMAT}; write it again")
                 text = json.loads(str(data["solution"]))
@@ -210,7 +210,7 @@ class Solution:
             )
         sign = -1.0 if instance.maximise else 1.0
         if sign * (found.bound - objective) > _PROVED * max(1.0, abs(objective)):
-            raise InputError(f"{path}: the schedule is better than the bound of {found.bound!r} that it claims")
+            raise InputError(f"{path}: the schedule is better than the bound that it claims, {found.bound!r}")
         if found.status not in STATUSES or (found.status == "optimal" and found.gap > _PROVED):
             raise InputError(f"{path}: status {found.status!r} does not go with a gap of {found.gap:.3g}")
         return found
