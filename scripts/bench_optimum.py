@@ -87,7 +87,7 @@ def infermax(seeds: int, seconds: float) -> Iterator[Row]:
                 made.requests,
                 baselines.get("infermax-vllm"),
                 made.profile,
-                made.engine.replace(token_budget=4096, watermark=None),
+                made.engine.replace(watermark=None),
             )
             yield told(
                 {

@@ -87,7 +87,7 @@ def main() -> None:
         text = made.to_json() | {"optimum": found.objective}
         solved.append(json.dumps(text))
         if number % 2 == 0 and made.profile.form in ("linear", "infermax"):
-            other = solve(made, time_limit_s=20)
+            other = solve(made, time_limit_s=10)
             if other.status == "optimal":
                 checked += 1
                 difference = abs(other.objective - found.objective)
