@@ -60,7 +60,7 @@ ALL = [
 ]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 2**32), cpu=st.booleans())
 @pytest.mark.parametrize("profile", ALL, ids=lambda p: p.name)
 def test_no_batch_is_faster_than_a_row_says(profile: Profile, seed: int, cpu: bool) -> None:
