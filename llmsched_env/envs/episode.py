@@ -51,6 +51,7 @@ def load(env: Env) -> None:
         q.preemptions = q.swaps = q.evicted_rest = q.cpu_blocks = q.level = q.count = 0
         clients = max(clients, d.client + 1)
     v.drawn = 0
+    v.horizon = v.next_horizon
     v.was_reset = 1
     v.begun += 1
     v.held = 0
