@@ -1018,6 +1018,34 @@ def test_mistakes_in_a_reset(options: dict[str, Any], complaint: str) -> None:
     assert complaint in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prediction": "none"},
+        {"num_requests": 7, "prediction": "none"},
+        {"requests": Requests.of([0.0] * 2, [10**6] * 2, [5] * 2)},
+        {"async_scheduling": True},
+    ],
+    ids="-".join,
+)
+def test_after_a_reset_that_fails_all_goes_on(options: dict[str, Any]) -> None:
+    scalar, twin = (make(num_requests=5).unwrapped for _ in range(2))
+    many, twins = (gym.make_vec(DECISION, 2, num_requests=5) for _ in range(2))
+    for each, other, action in ((scalar, twin, 0), (many, twins, np.zeros(2, int))):
+        each.reset(seed=1)
+        other.reset(seed=1)
+        with pytest.raises(InputError):
+            each.reset(options=dict(options))
+        for _ in range(3):
+            assert_same(each.step(action), other.step(action))
+        each.reset(seed=2)
+        assert each.problem.scenario == other.problem.scenario
+        assert_same(each.step(action), (other.reset(seed=2), other.step(action))[1])
+    with pytest.raises(gym.error.Error):
+        many.reset(seed=[5, -1])
+    assert many.unwrapped.np_random_seed == (2, 3)
+
+
 def test_a_reset_changes_the_scenario_from_then_on(env_id: str) -> None:
     env = make(env_id).unwrapped
     env.reset(seed=0, options={"scenario": "toy"})

@@ -83,11 +83,13 @@ class SchedulingEnv(gym.Env[Any, Any]):
         self._said: tuple[str, int | None] = ("", None)  # the last action, and the request that it concerns
         self._painter: Any = None
         self._window: Any = None
-        self._set_up(found.resolve())
+        self.problem = found.resolve()
+        self.fleet = self._fleet(self.problem)
+        self._bind()
 
-    def _set_up(self, problem: Problem, num_requests: int | None = None) -> None:
+    def _fleet(self, problem: Problem, num_requests: int | None = None) -> Fleet:
         """Memory for episodes of this problem."""
-        fleet = Fleet(
+        return Fleet(
             self.kind,
             problem,
             self.options,
@@ -96,9 +98,6 @@ class SchedulingEnv(gym.Env[Any, Any]):
             autoreset=DISABLED,
             log_rows=_LOG_ROWS if self.records else 0,
         )
-        self.problem, self.fleet = problem, fleet
-        self._begun = False
-        self._bind()
 
     def _bind(self) -> None:
         """What each step reads, looked up once."""
@@ -134,13 +133,15 @@ class SchedulingEnv(gym.Env[Any, Any]):
         reference = take_reference(asked)
         problem = take_problem(self.problem, asked, _EPISODE)
         n = problem.num_requests if requests is None else len(requests)
-        if problem is not self.problem or n != self.fleet.num_requests:
-            self._set_up(problem, n)
+        same = problem is self.problem and n == self.fleet.num_requests
+        fleet = self.fleet if same else self._fleet(problem, n)
         if requests is None:
             if episode_seed is None:
                 episode_seed = int(self.np_random.integers(2**63))
             requests = draw(problem, episode_seed)
-        self.fleet.put(0, requests, reference or problem.reference(episode_seed))
+        fleet.put(0, requests, reference or problem.reference(episode_seed))
+        self.problem, self.fleet = problem, fleet  # now that nothing can fail any more
+        self._bind()
         self.episode_seed, self._requests = episode_seed, requests
         self._out[:] = 0.0
         self._begun, self._over, self._said = True, False, ("", None)

@@ -115,19 +115,18 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         self._out = np.zeros((4, self.num_envs))
         self._flags = np.zeros((2, self.num_envs), np.bool_)
         self._all = np.ones(self.num_envs, np.bool_)
-        self._set_up(found.resolve())
+        self._begun = False
+        self.problem = found.resolve()
+        self.fleet = self._fleet(self.problem)
 
     @property
     def kind(self) -> Kind:
         """The actions and the compiled code."""
         return self.single.kind
 
-    def _set_up(self, problem: Problem) -> None:
+    def _fleet(self, problem: Problem) -> Fleet:
         """Memory for episodes of this problem."""
-        fleet = Fleet(self.kind, problem, self.options, self.num_envs, autoreset=_MODES[self.autoreset_mode])
-        self.close_extras()
-        self.problem, self.fleet = problem, fleet
-        self._begun = False
+        return Fleet(self.kind, problem, self.options, self.num_envs, autoreset=_MODES[self.autoreset_mode])
 
     # ------------------------------------------------------------------ episodes
 
@@ -160,26 +159,28 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
                 raise InputError(
                     "the scenario can only be changed in all environments together; drop reset_mask"
                 )
-            self._set_up(problem)
-            self.fleet.bank.lane["drawn"] = 0
+        fleet = self.fleet if problem is self.problem else self._fleet(problem)
         if not (self._begun or chosen.all()):
             raise gym.error.ResetNeeded("call reset without a reset_mask first")
-        given = draw(self.problem, episode_seed) if episode_seed is not None else requests
-        lanes = np.flatnonzero(chosen)
-        for i in lanes:
-            if seeds[i] is not None:
-                self._rngs[i], self._rng_seeds[i] = np_random(seeds[i])
-                self._next_seeds[i] = -1
-            if given is not None:
-                self.fleet.put(i, given, self.problem.reference(episode_seed))
-            else:
-                if self._next_seeds[i] < 0:
-                    self._next_seeds[i] = self._rng(i).integers(2**63)
-                    self.fleet.bank.lane["drawn"][i] = 0
-                if not self.fleet.bank.lane["drawn"][i]:
-                    self._draw(i)
+        given = draw(problem, episode_seed) if episode_seed is not None else requests
+        before = [*self._rngs], [*self._rng_seeds], self._next_seeds.copy()
+        try:
+            for i in np.flatnonzero(chosen):
+                if seeds[i] is not None:
+                    self._rngs[i], self._rng_seeds[i] = np_random(seeds[i])
+                    self._next_seeds[i] = -1
+                if given is not None:
+                    fleet.put(i, given, problem.reference(episode_seed))
+                elif self._next_seeds[i] < 0 or not fleet.bank.lane["drawn"][i]:
+                    self._draw(i, fleet, problem)
+        except Exception:  # all goes on as if nobody had asked
+            self._rngs, self._rng_seeds, self._next_seeds = before
+            raise
+        if fleet is not self.fleet:
+            self.close_extras()
+            self.problem, self.fleet = problem, fleet
         if reference is not None:
-            self.fleet.next_references[chosen] = reference
+            fleet.next_references[chosen] = reference
         self._out[:, chosen] = 0.0
         self._flags[:, chosen] = False
         self._begun = True
@@ -197,13 +198,14 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
     def _draw_ahead(self, chosen: NDArray[np.bool_]) -> None:
         """Draw the next episode of these environments."""
         for i in np.flatnonzero(chosen):
-            if self._next_seeds[i] < 0:
-                self._next_seeds[i] = self._rng(i).integers(2**63)
-            self._draw(i)
+            self._draw(i, self.fleet, self.problem)
 
-    def _draw(self, i: int) -> None:
+    def _draw(self, i: int, fleet: Fleet, problem: Problem) -> None:
+        """Draw the next episode of environment i, from the seed that it has for it or a new one."""
+        if self._next_seeds[i] < 0:
+            self._next_seeds[i] = self._rng(i).integers(2**63)
         seed = int(self._next_seeds[i])
-        self.fleet.put(i, draw(self.problem, seed), self.problem.reference(seed))
+        fleet.put(i, draw(problem, seed), problem.reference(seed))
 
     def _chosen(self, mask: Any) -> NDArray[np.bool_]:
         if mask is None:
