@@ -874,6 +874,67 @@ def test_a_discount_is_that_of_continuous_time() -> None:
     assert total == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("objective", ["latency", "goodput", "throughput", "gpu_time", "makespan"])
+def test_all_that_is_rewarded_is_discounted(env_id: str, objective: str) -> None:
+    rate, n = 0.3, 12
+    env = make(
+        env_id,
+        scenario="multi-tenant",
+        num_requests=n,
+        objective=objective,
+        discount_rate=rate,
+        record=True,
+        **({} if env_id == DISPATCH else {"preempt": "forced"}),
+    ).unwrapped
+    _, info = env.reset(seed=0)
+    g = np.random.default_rng(0)
+    before = float(env.fleet.bank.lane["total"][0])  # the first step brings this, too, which came before it
+    factor, over = np.exp(-rate * info["dt"]), False
+    total = before * (1 - factor)
+    while not over:
+        _, reward, over, _, info = env.step(some_action(env, flat_mask(info["action_mask"]), g))
+        total += factor * reward
+        factor *= np.exp(-rate * info["dt"])
+    result, problem = env.result(), env.problem
+    requests, rows = result.requests, result.iterations
+
+    def worth(start: Any, end: Any) -> Any:
+        return (np.exp(-rate * np.asarray(start)) - np.exp(-rate * np.asarray(end))) / rate
+
+    ttft = result.first_token_s - requests.arrival_s
+    tpot = (result.finish_s - result.first_token_s) / np.maximum(result.generated_tokens - 1, 1)
+    met = (ttft <= requests.ttft_target_s) & (tpot <= requests.tpot_target_s)
+    unit_time = n * problem.time_scale_s
+    expected = {
+        "latency": lambda: -worth(requests.arrival_s, result.finish_s).sum() / unit_time,
+        "goodput": lambda: np.exp(-rate * result.finish_s)[met].sum() / n,
+        "throughput": lambda: (
+            np.exp(-rate * token_times(result)).sum() / (n * problem.workload.moments().output)
+        ),
+        "gpu_time": lambda: -worth(rows["start_s"], rows["end_s"]).sum() / unit_time,
+        "makespan": lambda: -worth(0.0, result.finish_s.max()) / unit_time,
+    }[objective]()
+    assert total == pytest.approx(expected, rel=1e-9)
+
+
+def token_times(result: Any) -> NDArray[np.float64]:
+    """When each output token came, by the schedule."""
+    prompt, schedule = result.requests.prompt_tokens, result.schedule
+    computed, generated, times = np.zeros(len(prompt), int), np.zeros(len(prompt), int), []
+    iteration = np.searchsorted(schedule.ends, np.arange(len(schedule.requests)), side="right")
+    target = prompt.astype(int)
+    for i, r, tokens in zip(iteration, schedule.requests, schedule.tokens, strict=True):
+        if tokens < 0:
+            computed[r], target[r] = 0, prompt[r] + generated[r]
+            continue
+        computed[r] += tokens
+        if computed[r] >= target[r]:
+            generated[r] += 1
+            times.append(result.iterations["end_s"][i])
+    assert (generated == result.generated_tokens).all()
+    return np.array(times)
+
+
 def test_objectives_weigh_their_terms() -> None:
     def total(objective: Any) -> float:
         keywords = {"num_requests": 8, "preempt": "forced"}

@@ -163,11 +163,12 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         if not (self._begun or chosen.all()):
             raise gym.error.ResetNeeded("call reset without a reset_mask first")
         given = draw(problem, episode_seed) if episode_seed is not None else requests
+        fresh = [None if seed is None else np_random(seed) for seed in seeds]
         before = [*self._rngs], [*self._rng_seeds], self._next_seeds.copy()
         try:
             for i in np.flatnonzero(chosen):
-                if seeds[i] is not None:
-                    self._rngs[i], self._rng_seeds[i] = np_random(seeds[i])
+                if (new := fresh[i]) is not None:
+                    self._rngs[i], self._rng_seeds[i] = new
                     self._next_seeds[i] = -1
                 if given is not None:
                     fleet.put(i, given, problem.reference(episode_seed))
