@@ -394,6 +394,8 @@ def _fill(  # type: ignore[no-untyped-def]
                 if strict and short >= 0:
                     return _TOKENS, r, tokens
                 short = r
+        elif strict and rest > 0 and tokens > _left_for(e, env, r):
+            return _TOKENS, r, tokens
     if strict:
         if short >= 0 and _left_for(e, env, short) != e.req[short].granted:
             return _TOKENS, short, e.req[short].granted
@@ -445,7 +447,8 @@ class Expert:
 
     It may be asked at any time, by any environment of its kind; it follows one at a time. States in which
     only one action is legal are passed through without asking anybody (`skip_forced`), so a scheduler that
-    does something else in them (preempts where nobody waits, idles) is not followed there.
+    does something else in them (preempts where nobody waits, idles) is not followed there. In Dispatch-v0 a
+    scheduler is a constant action, and as exact as `llmsched_env.envs.dispatch` says.
 
     Of a schedule, every episode has to have the requests, which is checked when it is first asked in it:
     the schedule is replayed. `baselines.optimal.make_env` makes an environment in which it can be said.

@@ -296,13 +296,11 @@ def actions(many: Any, g: np.random.Generator) -> NDArray[np.int64]:
 
 
 def assert_same_infos(a: dict[str, Any], b: dict[str, Any], where: str = "") -> None:
-    """Those of environments one by one, and of many: which also tell of the end where the time was up."""
-    at_end = {"metrics", "_metrics", "reference", "_reference"}
-    assert a.keys() | at_end == b.keys() | at_end, where
+    """Those of environments one by one, and of many."""
+    assert a.keys() == b.keys(), where
     for key, value in a.items():
         if key.startswith("_"):
-            more = any(name in where + key for name in at_end)
-            assert (b[key] >= value).all() if more else (b[key] == value).all(), where
+            assert (b[key] == value).all(), where
             continue
         there = a[f"_{key}"]
         if isinstance(value, dict):
@@ -323,9 +321,9 @@ def test_many_are_as_one_and_one(
     env_id: str, mode: AutoresetMode, keywords: dict[str, Any], limit: int | None
 ) -> None:
     keywords = keywords | ({} if env_id == DISPATCH else {"preempt": "forced"})
-    fns = [lambda: gym.make(env_id, max_episode_steps=limit, **keywords)] * 4
+    fns = [lambda: gym.make(env_id, max_steps=limit, **keywords)] * 4
     ones = SyncVectorEnv(fns, autoreset_mode=mode)
-    many = gym.make_vec(env_id, 4, max_episode_steps=limit, autoreset_mode=mode, **keywords)
+    many = gym.make_vec(env_id, 4, max_steps=limit, autoreset_mode=mode, **keywords)
     assert many.observation_space == ones.observation_space
     assert many.action_space == ones.action_space
     assert many.metadata["autoreset_mode"] is many.unwrapped.autoreset_mode is mode
@@ -344,6 +342,34 @@ def test_many_are_as_one_and_one(
             assert_same_infos(a[-1], b[-1])
             a, b = (each.reset(options={"reset_mask": over.copy()}) for each in (ones, many))
     assert ends > 0
+
+
+def test_limits_of_steps(env_id: str) -> None:
+    """One's own, which ends an episode as others end, and Gymnasium's."""
+    few = {"num_requests": 30, "length_info": "none"}  # where no mask allows everything
+    ones = [make(env_id, record=record, max_steps=7, **few) for record in (False, True)]
+    ones.append(make(env_id, max_episode_steps=7, **few))
+    many = [
+        gym.make_vec(env_id, 1, autoreset_mode="disabled", **limits, **few)
+        for limits in ({"max_steps": 7}, {"max_episode_steps": 7}, {"max_steps": 7, "max_episode_steps": 90})
+    ]
+    for each in (*ones, *many):
+        each.reset(seed=0)
+    g = np.random.default_rng(0)
+    for step in range(1, 8):
+        action = some_action(many[0], many[0].action_masks()[0], g)
+        steps = [each.step(action) for each in ones]
+        steps += [each.step(np.array([action])) for each in many]
+        assert all(each[2:4] == (False, step == 7) for each in steps)
+        infos = [each[-1] for each in steps]
+        at_the_end = [step == 7] * len(steps)
+        at_the_end[2] = False  # Gymnasium's wrapper says nothing to the environment
+        assert ["metrics" in info for info in infos] == at_the_end
+        assert [bool(flat_mask(info["action_mask"]).all()) for info in infos] == at_the_end
+    assert_same(infos[0]["metrics"], infos[1]["metrics"])
+    assert infos[0]["metrics"]["return"] == infos[3]["metrics"]["return"][0]
+    assert ones[0].step(action)[1:4] == (0.0, False, True)
+    assert ones[0].reset(seed=0)[1]["dt"] == ones[1].reset(seed=0)[1]["dt"]
 
 
 def test_threads_and_shared_memory_change_nothing(env_id: str) -> None:
@@ -456,6 +482,13 @@ def test_seeds_one_by_one() -> None:
     assert (many.unwrapped.episode_seeds == before).tolist() == [True, False, False]
     with pytest.raises(InputError, match="give 3 seeds"):
         many.reset(seed=[1, 2])
+    for seed in (1.5, "abc"):
+        with pytest.raises(InputError, match="seed must be a whole number"):
+            many.reset(seed=seed)
+    with pytest.raises(InputError, match=r"whole numbers or None, not 1\.5"):
+        many.reset(seed=[1, 1.5, 2])
+    with pytest.raises(gym.error.Error, match="greater or equal to zero"):
+        many.reset(seed=[1, -1, 2])
 
 
 def test_episodes_replay_from_their_seeds(env_id: str) -> None:
@@ -541,6 +574,70 @@ def test_a_single_request_still_asks_once(env_id: str) -> None:
             steps, total = steps + 1, total + reward
             assert steps < 200
         assert total == pytest.approx(info["metrics"]["return"], rel=1e-12)
+
+
+@pytest.mark.parametrize("scenario", scenarios.names())
+def test_whatever_the_policy_episodes_end(env_id: str, scenario: str) -> None:
+    """Also if it preempts whom it can."""
+    env = make(env_id, scenario=scenario, **({} if scenario == "toy" else {"num_requests": 3}))
+    random = np.random.default_rng(0)
+    for choose in (random.choice, lambda legal: legal[-1]):
+        _, info = env.reset(seed=0)
+        over, steps = False, 0
+        while not over:
+            masks = info["action_mask"] if isinstance(info["action_mask"], tuple) else [info["action_mask"]]
+            chosen = [int(choose(np.flatnonzero(mask))) for mask in masks]
+            *_, terminated, truncated, info = env.step(chosen[0] if len(chosen) == 1 else chosen)
+            over, steps = terminated or truncated, steps + 1
+            assert steps < 20_000
+        assert terminated == (info["metrics"]["finished"] == len(env.unwrapped.requests))
+        assert flat_mask(info["action_mask"]).all()
+
+
+def test_an_episode_is_cut_after_ten_times_what_its_requests_take_alone() -> None:
+    env = make(num_requests=3).unwrapped
+    _, info = env.reset(seed=0)
+    over = False
+    while not over:
+        *_, over, info = env.step(int(np.flatnonzero(info["action_mask"])[-1]))
+    alone, arrival = env.fleet.alone[0] * 3, env.requests.arrival_s.max()
+    assert 0 <= info["metrics"]["makespan_s"] - (arrival + 10 * alone) < 1
+    env.reset(options={"horizon_s": 1e6})
+    assert env.fleet.bank.lane["horizon"][0] == 1e6
+
+
+@pytest.mark.parametrize("env_id", [BATCH, DISPATCH])
+def test_masks_of_several_entries(env_id: str) -> None:
+    """A tuple as the action space takes it, and the same in one array."""
+    env, many = make(env_id), gym.make_vec(env_id, 1)
+    _, info = env.reset(seed=0)
+    _, infos = many.reset(seed=0)
+    mask = info["action_mask"]
+    assert [(type(part), part.dtype, len(part)) for part in mask] == [
+        (np.ndarray, np.int8, n) for n in env.action_space.nvec
+    ]
+    whole = np.concatenate(mask)
+    for other in (env.unwrapped.action_masks(), many.action_masks()[0], infos["action_mask"][0]):
+        np.testing.assert_array_equal(whole, other)
+    assert env.unwrapped.action_masks().dtype == many.action_masks().dtype == np.bool_
+
+
+@pytest.mark.parametrize(
+    "action",
+    [np.nan, 0.7, 1.0, "a", None, [], [1, 2, 3], np.array([1]), np.full(32, np.nan), np.zeros(31), 2**70],
+    ids=str,
+)
+def test_what_is_no_action_is_an_error(env_id: str, action: Any) -> None:
+    """Nothing is rounded, and nothing repeated to fit."""
+    env = make(env_id, disable_env_checker=True)
+    env.reset(seed=0)
+    with pytest.raises(InputError, match="actions must be whole numbers of shape"):
+        env.step(action)
+    many = gym.make_vec(env_id, 2)
+    many.reset(seed=0)
+    with pytest.raises(InputError, match="actions must be whole numbers of shape"):
+        many.step(action)
+    assert env.unwrapped.metrics()["decisions"] == 0
 
 
 def test_forced_steps_can_be_asked_for() -> None:
@@ -777,6 +874,67 @@ def test_a_discount_is_that_of_continuous_time() -> None:
     assert total == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize("objective", ["latency", "goodput", "throughput", "gpu_time", "makespan"])
+def test_all_that_is_rewarded_is_discounted(env_id: str, objective: str) -> None:
+    rate, n = 0.3, 12
+    env = make(
+        env_id,
+        scenario="multi-tenant",
+        num_requests=n,
+        objective=objective,
+        discount_rate=rate,
+        record=True,
+        **({} if env_id == DISPATCH else {"preempt": "forced"}),
+    ).unwrapped
+    _, info = env.reset(seed=0)
+    g = np.random.default_rng(0)
+    before = float(env.fleet.bank.lane["total"][0])  # the first step brings this, too, which came before it
+    factor, over = np.exp(-rate * info["dt"]), False
+    total = before * (1 - factor)
+    while not over:
+        _, reward, over, _, info = env.step(some_action(env, flat_mask(info["action_mask"]), g))
+        total += factor * reward
+        factor *= np.exp(-rate * info["dt"])
+    result, problem = env.result(), env.problem
+    requests, rows = result.requests, result.iterations
+
+    def worth(start: Any, end: Any) -> Any:
+        return (np.exp(-rate * np.asarray(start)) - np.exp(-rate * np.asarray(end))) / rate
+
+    ttft = result.first_token_s - requests.arrival_s
+    tpot = (result.finish_s - result.first_token_s) / np.maximum(result.generated_tokens - 1, 1)
+    met = (ttft <= requests.ttft_target_s) & (tpot <= requests.tpot_target_s)
+    unit_time = n * problem.time_scale_s
+    expected = {
+        "latency": lambda: -worth(requests.arrival_s, result.finish_s).sum() / unit_time,
+        "goodput": lambda: np.exp(-rate * result.finish_s)[met].sum() / n,
+        "throughput": lambda: (
+            np.exp(-rate * token_times(result)).sum() / (n * problem.workload.moments().output)
+        ),
+        "gpu_time": lambda: -worth(rows["start_s"], rows["end_s"]).sum() / unit_time,
+        "makespan": lambda: -worth(0.0, result.finish_s.max()) / unit_time,
+    }[objective]()
+    assert total == pytest.approx(expected, rel=1e-9)
+
+
+def token_times(result: Any) -> NDArray[np.float64]:
+    """When each output token came, by the schedule."""
+    prompt, schedule = result.requests.prompt_tokens, result.schedule
+    computed, generated, times = np.zeros(len(prompt), int), np.zeros(len(prompt), int), []
+    iteration = np.searchsorted(schedule.ends, np.arange(len(schedule.requests)), side="right")
+    target = prompt.astype(int)
+    for i, r, tokens in zip(iteration, schedule.requests, schedule.tokens, strict=True):
+        if tokens < 0:
+            computed[r], target[r] = 0, prompt[r] + generated[r]
+            continue
+        computed[r] += tokens
+        if computed[r] >= target[r]:
+            generated[r] += 1
+            times.append(result.iterations["end_s"][i])
+    assert (generated == result.generated_tokens).all()
+    return np.array(times)
+
+
 def test_objectives_weigh_their_terms() -> None:
     def total(objective: Any) -> float:
         keywords = {"num_requests": 8, "preempt": "forced"}
@@ -844,6 +1002,10 @@ def test_pictures(env_id: str, mode: str) -> None:
         ({"scenario": "azure-cov"}, "did you mean 'azure-conv'"),
         ({"waiting_slots": 0}, "waiting_slots must be a whole number from 1 to 64, not 0"),
         ({"running_slots": 65}, "not 65"),
+        ({"waiting_order": ["arrival"]}, "unknown waiting_order"),
+        ({"length_info": {}}, "unknown length_info"),
+        ({"max_steps": 0}, "max_steps must be"),
+        ({"max_steps": True}, "max_steps must be"),
         ({"waiting_order": "arival"}, "did you mean 'arrival'"),
         ({"running_order": "newst"}, "did you mean 'newest'"),
         ({"length_info": "prediction"}, "did you mean 'predicted'"),
@@ -888,6 +1050,7 @@ def test_options_without_a_meaning_are_an_error() -> None:
         ({"autoreset_mode": "same"}, "did you mean 'same-step'"),
         ({"render_mode": "rgb_array"}, "the scalar environment only"),
         ({"max_episode_steps": 0}, "max_episode_steps must be"),
+        ({"max_episode_steps": True}, "max_episode_steps must be"),
     ],
 )
 def test_mistakes_with_many(keywords: dict[str, Any], complaint: str) -> None:
@@ -902,6 +1065,8 @@ def test_mistakes_with_many(keywords: dict[str, Any], complaint: str) -> None:
         ({"scenario": "toyy"}, "did you mean 'toy'"),
         ({"requests": 5}, "must be Requests"),
         ({"seed": -1}, "whole number from 0"),
+        ({"seed": True}, "whole number from 0"),
+        ({"requests": Requests.of([0.0], [5], [5]).take(slice(0, 0))}, "a request at least"),
         ({"seed": 1, "requests": Requests.of([0.0], [5], [5])}, "one of them"),
         ({"requests": Requests.of([0.0], [10**6], [5])}, "can never be served"),
         ({"requests": Requests.of([0.0], [5], [5], predicted_tokens=np.nan)}, "no predicted length"),
@@ -912,6 +1077,34 @@ def test_mistakes_in_a_reset(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(InputError) as error:
         env.reset(options=options)
     assert complaint in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prediction": "none"},
+        {"num_requests": 7, "prediction": "none"},
+        {"requests": Requests.of([0.0] * 2, [10**6] * 2, [5] * 2)},
+        {"async_scheduling": True},
+    ],
+    ids="-".join,
+)
+def test_after_a_reset_that_fails_all_goes_on(options: dict[str, Any]) -> None:
+    scalar, twin = (make(num_requests=5).unwrapped for _ in range(2))
+    many, twins = (gym.make_vec(DECISION, 2, num_requests=5) for _ in range(2))
+    for each, other, action in ((scalar, twin, 0), (many, twins, np.zeros(2, int))):
+        each.reset(seed=1)
+        other.reset(seed=1)
+        with pytest.raises(InputError):
+            each.reset(options=dict(options))
+        for _ in range(3):
+            assert_same(each.step(action), other.step(action))
+        each.reset(seed=2)
+        assert each.problem.scenario == other.problem.scenario
+        assert_same(each.step(action), (other.reset(seed=2), other.step(action))[1])
+    with pytest.raises(gym.error.Error):
+        many.reset(seed=[5, -1])
+    assert many.unwrapped.np_random_seed == (2, 3)
 
 
 def test_a_reset_changes_the_scenario_from_then_on(env_id: str) -> None:

@@ -154,6 +154,14 @@ def test_dispatch(name: str) -> None:
     assert_as_simulated(env, name)
 
 
+def test_prompts_above_the_budget_cannot_be_said_in_batch() -> None:
+    env = gym.make(
+        "llmsched/Batch-v0", scenario="azure-conv", running_order="oldest", hold="model-len", **WIDE
+    )
+    with pytest.raises(InputError, match="no chunk level and not all that fits"):
+        play(env, baselines.expert("orca"), 0)
+
+
 @pytest.mark.parametrize("name", ["vllm-v1", "srf"])
 def test_batch(name: str) -> None:
     env = gym.make("llmsched/Batch-v0", scenario="azure-conv", running_order="oldest", **WIDE)

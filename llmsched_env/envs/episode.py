@@ -51,6 +51,7 @@ def load(env: Env) -> None:
         q.preemptions = q.swaps = q.evicted_rest = q.cpu_blocks = q.level = q.count = 0
         clients = max(clients, d.client + 1)
     v.drawn = 0
+    v.horizon = v.next_horizon
     v.was_reset = 1
     v.begun += 1
     v.held = 0
@@ -183,7 +184,7 @@ def run_iteration(env: Env) -> None:
             q = e.req[e.plan[k]]
             if q.status == _FINISHED and q.finish == s.clock:
                 _judge(env, q)
-    _sum_up(env, start, busy, output, finished, v.factor)
+    _sum_up(env, start, busy, output, finished)
 
 
 @njit
@@ -192,6 +193,8 @@ def decode_on(env: Env) -> bool:
     e, v = env.e, env.v
     s = e.s
     if s.num_running == 0 or s.num_waiting > 0 or s.error != 0 or v.weights[FAIRNESS] != 0.0:
+        return False
+    if v.discount_rate > 0.0 and v.weights[THROUGHPUT] != 0.0:  # each token is worth what it is in its time
         return False
     if not _settled(e):
         return False
@@ -211,17 +214,17 @@ def decode_on(env: Env) -> bool:
             if q.status == _FINISHED:
                 _before_now(env, s.clock - q.finish, -1.0)
                 _judge(env, q)
-    _sum_up(env, start, busy, output, finished, v.mean_factor)  # they came out one after the other
+    _sum_up(env, start, busy, output, finished)
     return True
 
 
 @njit(forceinline=True)
-def _sum_up(env: Env, start: float, busy: float, output: int, finished: int, worth: float) -> None:
-    """What an iteration, or several, have brought since; a token of theirs is worth so much, discounted."""
+def _sum_up(env: Env, start: float, busy: float, output: int, finished: int) -> None:
+    """What an iteration, or several, have brought since."""
     e, v = env.e, env.v
     s = e.s
     v.terms[GPU_TIME] -= v.mean_factor * (s.busy - busy) / v.unit_time
-    v.terms[THROUGHPUT] += worth * (s.total_generated - output) / v.unit_tokens
+    v.terms[THROUGHPUT] += v.factor * (s.total_generated - output) / v.unit_tokens
     fade = np.exp(-(s.clock - start) / v.rate_window)
     v.arrival_rate *= fade
     v.departure_rate = v.departure_rate * fade + (s.num_finished - finished) / v.rate_window

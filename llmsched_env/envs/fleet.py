@@ -24,7 +24,7 @@ from llmsched_env.envs.episode import OVER
 from llmsched_env.envs.kinds import Kind
 from llmsched_env.envs.lane import MOST_CLASSES, MOST_CLIENTS, Bank, env_at
 from llmsched_env.envs.observation import NUM_GLOBAL, NUM_SLOT, SLACK, LengthInfo, scales
-from llmsched_env.envs.options import LENGTHS, RUNNING_ORDERS, Options, change
+from llmsched_env.envs.options import LENGTHS, RUNNING_ORDERS, Options, change, whole
 from llmsched_env.errors import InputError
 from llmsched_env.scenarios import Problem, Reference
 from llmsched_env.scheduling import ENGINE, Scheduler
@@ -58,13 +58,16 @@ def present(rows: NDArray[np.float32], options: Options) -> Any:
 # ---------------------------------------------------------------------- episodes
 
 _FITS, _TOO_LONG, _NO_BLOCKS, _UNPREDICTED = range(4)
+# Without a horizon an episode is cut after so many times what its requests take one after the other: policies
+# that preempt for ever would never end. The slowest of the named schedulers takes 5 times as long.
+_PATIENCE = 10
 _DECLARED, _MODEL_LEN = int(Hold.DECLARED), int(Hold.MODEL_LEN)
 _NONE, _CLASS, _ORACLE = int(LengthInfo.NONE), int(LengthInfo.CLASS), int(LengthInfo.ORACLE)
 
 
 @njit
 def _write(  # type: ignore[no-untyped-def]
-    table, lane, arrival, prompt, output, declared, predicted, priority, client, class_id, ttft, tpot
+    table, lane, arrival, prompt, output, declared, predicted, priority, client, class_id, ttft, tpot, horizon
 ):
     """Make these requests the next episode of a lane, with the predictions that its length regime allows.
 
@@ -110,6 +113,7 @@ def _write(  # type: ignore[no-untyped-def]
         pairs = 0.5 * np.float64(prompt[r]) * prompt[r]
         alone += batch_time(env.e.cost, np.float64(prompt[r]), 1.0, pairs, 0.0, 0.0, 0.0)
         alone += (stop - 1) * batch_time(env.e.cost, 0.0, 0.0, 0.0, 0.0, 1.0, prompt[r] + 0.5 * stop)
+    v.next_horizon = horizon if horizon < np.inf else arrival[-1] + _PATIENCE * alone
     v.drawn = 1
     return _FITS, 0, alone
 
@@ -213,7 +217,6 @@ class Fleet:
             ("readmit", options.readmit),
             ("idle", options.idle),
             ("autoreset", autoreset),
-            ("horizon", problem.scenario.horizon_s),
             ("time_scale", problem.time_scale_s),
             ("rate_window", 10 * problem.time_scale_s if window is None else window),
             ("discount_rate", options.discount_rate),
@@ -234,6 +237,8 @@ class Fleet:
                 prediction that is to be seen.
         """
         r = requests
+        if len(r) == 0:
+            raise InputError("an episode needs a request at least")
         if len(r) != self.num_requests:
             raise InputError(f"an episode has {self.num_requests} requests here, not {len(r)}")
         wrong, i, alone = _write(
@@ -249,6 +254,7 @@ class Fleet:
             r.class_id,
             r.ttft_target_s,
             r.tpot_target_s,
+            self.problem.scenario.horizon_s,
         )
         if wrong == _UNPREDICTED:
             raise InputError(
@@ -359,7 +365,21 @@ class Fleet:
         return found
 
 
-# ---------------------------------------------------------------------- the options of `reset`
+# ---------------------------------------------------------------------- what is given
+
+
+def take_actions(actions: Any, into: NDArray[np.int64]) -> None:
+    """Write actions of any numbers where a step looks for them.
+
+    Raises:
+        InputError: if they are not whole numbers, or not of that shape: nothing is rounded or repeated.
+    """
+    given = np.asarray(actions)
+    if given.shape != into.shape or given.dtype.kind not in "iub":
+        raise InputError(
+            f"actions must be whole numbers of shape {into.shape}, not {given.dtype} of shape {given.shape}"
+        )
+    into[...] = given
 
 
 def take_episode(options: dict[str, Any]) -> tuple[Requests | None, int | None]:
@@ -371,7 +391,7 @@ def take_episode(options: dict[str, Any]) -> tuple[Requests | None, int | None]:
     requests, seed = options.pop("requests", None), options.pop("seed", None)
     if requests is not None and not isinstance(requests, Requests):
         raise InputError(f"option requests must be Requests, not {type(requests).__name__}")
-    if seed is not None and not (isinstance(seed, int | np.integer) and seed >= 0):
+    if seed is not None and not (whole(seed) and seed >= 0):
         raise InputError(f"option seed must be a whole number from 0, not {seed!r}")
     if requests is not None and seed is not None:
         raise InputError("options requests and seed are two ways to say the same; give one of them")

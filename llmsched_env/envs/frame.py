@@ -1,4 +1,4 @@
-"""The frame of a step, the same for all environments: autoreset, the limit of steps, what is shown.
+"""The frame of a step, the same for all environments: autoreset, what is shown.
 
 Each environment brings two compiled functions:
 
@@ -57,9 +57,6 @@ def step_frame(  # type: ignore[no-untyped-def]
                 show(env)
             continue
         decide(env, given, lane)
-        if v.phase != OVER and 0 < v.max_steps <= v.steps:
-            v.truncated = 1
-            v.phase = OVER
         show(env)
         if v.phase == OVER:
             close(env)

@@ -80,6 +80,8 @@ def _harvest(table, out, first: int, stop: int, max_steps: int) -> int:  # type:
                 events += 1
                 if v.phase != OVER:
                     v.phase = OVER
+                    for i in range(len(env.mask)):
+                        env.mask[i] = 1
                     close(env)
         elif v.was_reset == 0 or v.autoreset == NEXT_STEP:  # it stays as it ended, or has begun anew
             out[REWARD, lane] = 0.0

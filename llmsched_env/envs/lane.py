@@ -82,8 +82,8 @@ LANE = np.dtype(
         ("readmit", "i8"),  # whether who is preempted in a plan may be admitted again in it
         ("idle", "i8"),  # whether the engine may wait although somebody could be served
         ("autoreset", "i8"),
-        ("max_steps", "i8"),  # decisions after which the episode is truncated; 0: no limit
-        ("horizon", "f8"),
+        ("horizon", "f8"),  # seconds at which the episode is cut
+        ("next_horizon", "f8"),  # likewise the one that `pool` holds
         ("time_scale", "f8"),
         ("rate_window", "f8"),
         ("discount_rate", "f8"),

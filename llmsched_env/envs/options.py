@@ -81,6 +81,9 @@ class Options:
             rewards discounted in continuous time. 0: not at all.
         rate_window_s: seconds over which arrival and departure rates are averaged; None: ten times the
             scenario's time scale.
+        max_steps: steps after which an episode is cut; None: no limit. It is what `max_episode_steps` of
+            `gymnasium.make` is, of which the environment itself is not told; only with this one it ends as
+            others do, with `metrics` in its last info.
 
     Raises:
         InputError: a value that does not fit, or options that contradict each other.
@@ -102,11 +105,12 @@ class Options:
     hold: str = "chunk"
     discount_rate: float = 0.0
     rate_window_s: float | None = None
+    max_steps: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("waiting_slots", "running_slots"):
             value = getattr(self, name)
-            if not (_whole(value) and 1 <= value <= MOST_SLOTS):
+            if not (whole(value) and 1 <= value <= MOST_SLOTS):
                 raise InputError(f"{name} must be a whole number from 1 to {MOST_SLOTS}, not {value!r}")
         for name, known in (
             ("waiting_order", WAITING_ORDERS),
@@ -116,8 +120,9 @@ class Options:
             ("observation", OBSERVATIONS),
             ("preempt", PREEMPTS),
         ):
-            if getattr(self, name) not in known:
-                raise unknown(name, getattr(self, name), known)
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise unknown(name, value, known)
         for name in ("skip_forced", "work_conserving", "readmit", "idle"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
@@ -128,6 +133,8 @@ class Options:
         window = self.rate_window_s
         if window is not None and not (_number(window) and 0 < window < math.inf):
             raise InputError(f"rate_window_s must be positive seconds, not {window!r}")
+        if self.max_steps is not None and not (whole(self.max_steps) and 1 <= self.max_steps < 2**63):
+            raise InputError(f"max_steps must be a whole number from 1, or None, not {self.max_steps!r}")
         if self.hold == "peak" and self.length_info != "oracle":
             raise InputError('hold="peak" reserves for the true length; set length_info="oracle" with it')
         if self.length_info == "none":
@@ -191,7 +198,7 @@ def _levels(levels: Any) -> tuple[int, ...]:
     except TypeError:
         found = (None,)
     if not (
-        all(_whole(x) and 1 <= x < 2**31 for x in found)
+        all(whole(x) and 1 <= x < 2**31 for x in found)
         and list(found) == sorted(set(found))
         and len(found) < MOST_LEVELS
     ):
@@ -202,9 +209,10 @@ def _levels(levels: Any) -> tuple[int, ...]:
     return tuple(map(int, found))
 
 
-def _whole(value: Any) -> bool:
+def whole(value: Any) -> bool:
+    """Whether it is a whole number, Python's or NumPy's."""
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _number(value: Any) -> bool:
-    return _whole(value) or isinstance(value, float | np.floating)
+    return whole(value) or isinstance(value, float | np.floating)

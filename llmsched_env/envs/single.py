@@ -22,6 +22,7 @@ from llmsched_env.envs.fleet import (
     draw,
     observation_space,
     present,
+    take_actions,
     take_episode,
     take_problem,
     take_reference,
@@ -75,17 +76,20 @@ class SchedulingEnv(gym.Env[Any, Any]):
         self.episode_seed: int | None = None
         stops = np.cumsum(self.kind.mask_parts(self.options)).tolist()
         self._parts = [slice(a, b) for a, b in zip([0, *stops], stops, strict=False)]
+        self._max_steps = int(self.options.max_steps or 0)
         self._actions = np.zeros((1, *(self.action_space.shape or ())), np.int64)
         self._out = np.zeros((4, 1))
         self._begun = self._over = False
         self._said: tuple[str, int | None] = ("", None)  # the last action, and the request that it concerns
         self._painter: Any = None
         self._window: Any = None
-        self._set_up(found.resolve())
+        self.problem = found.resolve()
+        self.fleet = self._fleet(self.problem)
+        self._bind()
 
-    def _set_up(self, problem: Problem, num_requests: int | None = None) -> None:
+    def _fleet(self, problem: Problem, num_requests: int | None = None) -> Fleet:
         """Memory for episodes of this problem."""
-        fleet = Fleet(
+        return Fleet(
             self.kind,
             problem,
             self.options,
@@ -94,14 +98,12 @@ class SchedulingEnv(gym.Env[Any, Any]):
             autoreset=DISABLED,
             log_rows=_LOG_ROWS if self.records else 0,
         )
-        self.problem, self.fleet = problem, fleet
-        self._begun = False
-        self._bind()
 
     def _bind(self) -> None:
         """What each step reads, looked up once."""
         bank = self.fleet.bank
         self._table, self._seen, self._mask = bank.table, bank.observation[0], bank.mask[0]
+        self._action = self._actions.reshape(self.action_space.shape)
 
     # ------------------------------------------------------------------ an episode
 
@@ -131,13 +133,15 @@ class SchedulingEnv(gym.Env[Any, Any]):
         reference = take_reference(asked)
         problem = take_problem(self.problem, asked, _EPISODE)
         n = problem.num_requests if requests is None else len(requests)
-        if problem is not self.problem or n != self.fleet.num_requests:
-            self._set_up(problem, n)
+        same = problem is self.problem and n == self.fleet.num_requests
+        fleet = self.fleet if same else self._fleet(problem, n)
         if requests is None:
             if episode_seed is None:
                 episode_seed = int(self.np_random.integers(2**63))
             requests = draw(problem, episode_seed)
-        self.fleet.put(0, requests, reference or problem.reference(episode_seed))
+        fleet.put(0, requests, reference or problem.reference(episode_seed))
+        self.problem, self.fleet = problem, fleet  # now that nothing can fail any more
+        self._bind()
         self.episode_seed, self._requests = episode_seed, requests
         self._out[:] = 0.0
         self._begun, self._over, self._said = True, False, ("", None)
@@ -151,20 +155,21 @@ class SchedulingEnv(gym.Env[Any, Any]):
         """Take an action; one that is not legal counts as the first one that is. What is over stays as it is.
 
         Returns:
-            Observation, reward, whether all requests are served, whether the episode was cut at the
-            scenario's horizon, and info: `action_mask`, `dt` (seconds that passed) and, when the episode
-            ends, `metrics` (and again `reference`).
+            Observation, reward, whether all requests are served, whether the episode was cut (see "Episode
+            end"), and info: `action_mask`, `dt` (seconds that passed) and, when the episode ends, `metrics`
+            (and again `reference`).
 
         Raises:
             gymnasium.error.ResetNeeded: before the first reset.
+            InputError: for actions that are no whole numbers, or of another shape than `action_space` has.
         """
-        self._actions[0] = action
         if not self._begun:
             raise gym.error.ResetNeeded("call reset before the first step")
+        take_actions(action, self._action)
         if self.records:
             self._step_recorded()
         else:
-            self.kind.step(self._table, self._actions, self._out, 0, 1, 0)
+            self.kind.step(self._table, self._actions, self._out, 0, 1, self._max_steps)
         reward, dt, terminated, truncated = self._out[:, 0].tolist()
         info = {"action_mask": self._legal(), "dt": dt}
         if terminated + truncated > 0 and not self._over:
@@ -179,7 +184,7 @@ class SchedulingEnv(gym.Env[Any, Any]):
     def _step_recorded(self) -> None:
         lane = self.fleet.bank.lane[0]
         waiting, running = lane["wait"].copy(), lane["run"].copy()
-        self.fleet.step(self._actions, self._out)
+        self.fleet.step(self._actions, self._out, self._max_steps)
         if not self._over:
             self._said = self._say(waiting, running)
         if self.render_mode == "human":
@@ -354,7 +359,7 @@ class SchedulingEnv(gym.Env[Any, Any]):
     # ------------------------------------------------------------------ copies
 
     def __getstate__(self) -> dict[str, Any]:
-        views = dict.fromkeys(("_table", "_seen", "_mask", "_painter", "_window"))
+        views = dict.fromkeys(("_table", "_seen", "_mask", "_action", "_painter", "_window"))
         return {**self.__dict__, **views}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -475,7 +480,11 @@ class DecisionEnv(SchedulingEnv):
     ## Episode end
 
     Termination: all requests are served. Truncation: the scenario's `horizon_s` is reached (an endless stream
-    is cut there), or `max_episode_steps`.
+    is cut there), or `max_steps` are taken. Where the scenario has no horizon, it is ten times what the
+    requests would take one after the other, from the last arrival on: whatever the policy, episodes end.
+
+    `max_episode_steps` of `gymnasium.make` cuts as well, but from outside (Gymnasium's `TimeLimit`), so that
+    the last info is as any other, without `metrics`; with `make_vec` it is the same as `max_steps`.
 
     ## Arguments
 
@@ -504,6 +513,7 @@ class DecisionEnv(SchedulingEnv):
     | `hold` | "chunk" | what an admission reserves KV cache for |
     | `discount_rate` | 0.0 | 1/s |
     | `rate_window_s` | None | of the rates observed; None: 10 time scales |
+    | `max_steps` | None | after which an episode is cut |
     | `render_mode` | None | "rgb_array", "human", "ansi" |
     | `record` | False | whether to keep the schedule, for `result()`, Gantt charts and traces |
 

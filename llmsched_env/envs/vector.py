@@ -20,13 +20,14 @@ from llmsched_env.envs.fleet import (
     draw,
     observation_space,
     present,
+    take_actions,
     take_episode,
     take_problem,
     take_reference,
 )
 from llmsched_env.envs.frame import DISABLED, NEXT_STEP, SAME_STEP
 from llmsched_env.envs.kinds import DT, REWARD, TERMINATED, Kind
-from llmsched_env.envs.options import split
+from llmsched_env.envs.options import split, whole
 from llmsched_env.envs.single import BatchEnv, DecisionEnv, DispatchEnv, SchedulingEnv
 from llmsched_env.errors import InputError, unknown
 from llmsched_env.scenarios import Problem, Scenario
@@ -48,13 +49,14 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
     - `num_envs`: how many.
     - `autoreset_mode`: an `AutoresetMode` or its name; "next-step" (the default), "same-step" or "disabled".
     - `num_threads`: threads that share a step.
-    - `max_episode_steps`: steps after which an episode is cut; None: never.
+    - `max_episode_steps`: as `max_steps`, by the name that Gymnasium has for it.
     - `copy`: whether `step` and `reset` return arrays of their own. If not, the next step writes over what
       they return, and nothing of the size of the environments is allocated in a step.
 
     Infos are arrays with a mask each: `action_mask` (num_envs, A) int8, `dt` float64, and where episodes have
     ended `metrics`, a dict of such arrays; where they begin or end, `reference` likewise, if there is one.
-    "same-step" adds `final_obs` and `final_info`.
+    "same-step" adds `final_obs` and `final_info`. Where an action has several entries, the choices of one lie
+    behind those of the other in `action_mask`; only a scalar environment's info has them as a tuple.
 
     Attributes:
         options, problem: as those of the scalar environment.
@@ -87,11 +89,10 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         if render_mode is not None:
             raise InputError(f"render_mode={render_mode!r}: pictures are made by the scalar environment only")
         for name, value in (("num_envs", num_envs), ("num_threads", num_threads)):
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            if not whole(value) or value < 1:
                 raise InputError(f"{name} must be a whole number from 1, not {value!r}")
         if max_episode_steps is not None and not (
-            isinstance(max_episode_steps, int | np.integer)
-            and (max_episode_steps >= 1 or max_episode_steps == -1)
+            whole(max_episode_steps) and (1 <= max_episode_steps < 2**63 or max_episode_steps == -1)
         ):
             raise InputError(f"max_episode_steps must be a whole number from 1, not {max_episode_steps!r}")
         self.options, found = split(keywords, scenarios.get(scenario))
@@ -103,7 +104,8 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.single_action_space = self.kind.action_space(self.options)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        self._max_steps = max(0, max_episode_steps or 0)
+        limits = (self.options.max_steps or 0, max(0, max_episode_steps or 0))
+        self._max_steps = min((int(steps) for steps in limits if steps), default=0)
         self._threads = int(num_threads)
         self._rngs: list[np.random.Generator | None] = [None] * self.num_envs
         self._rng_seeds: list[int | None] = [None] * self.num_envs
@@ -113,19 +115,18 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         self._out = np.zeros((4, self.num_envs))
         self._flags = np.zeros((2, self.num_envs), np.bool_)
         self._all = np.ones(self.num_envs, np.bool_)
-        self._set_up(found.resolve())
+        self._begun = False
+        self.problem = found.resolve()
+        self.fleet = self._fleet(self.problem)
 
     @property
     def kind(self) -> Kind:
         """The actions and the compiled code."""
         return self.single.kind
 
-    def _set_up(self, problem: Problem) -> None:
+    def _fleet(self, problem: Problem) -> Fleet:
         """Memory for episodes of this problem."""
-        fleet = Fleet(self.kind, problem, self.options, self.num_envs, autoreset=_MODES[self.autoreset_mode])
-        self.close_extras()
-        self.problem, self.fleet = problem, fleet
-        self._begun = False
+        return Fleet(self.kind, problem, self.options, self.num_envs, autoreset=_MODES[self.autoreset_mode])
 
     # ------------------------------------------------------------------ episodes
 
@@ -139,9 +140,9 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
 
         Args:
             seed: environment i gets the seed `seed + i`; or one for each, None leaving its generator as it
-            is. options: as for the scalar environment, and `reset_mask`. A scenario or one of its settings
-            can only
-                be changed in all environments together; `requests` need to be as many as an episode has.
+                is.
+            options: as for the scalar environment, and `reset_mask`. A scenario or one of its settings can
+                only be changed in all environments together; `requests` need to be as many as an episode has.
 
         Raises:
             InputError: as the scalar environment's, and if seeds or mask do not fit the number of
@@ -158,26 +159,29 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
                 raise InputError(
                     "the scenario can only be changed in all environments together; drop reset_mask"
                 )
-            self._set_up(problem)
-            self.fleet.bank.lane["drawn"] = 0
+        fleet = self.fleet if problem is self.problem else self._fleet(problem)
         if not (self._begun or chosen.all()):
             raise gym.error.ResetNeeded("call reset without a reset_mask first")
-        given = draw(self.problem, episode_seed) if episode_seed is not None else requests
-        lanes = np.flatnonzero(chosen)
-        for i in lanes:
-            if seeds[i] is not None:
-                self._rngs[i], self._rng_seeds[i] = np_random(seeds[i])
-                self._next_seeds[i] = -1
-            if given is not None:
-                self.fleet.put(i, given, self.problem.reference(episode_seed))
-            else:
-                if self._next_seeds[i] < 0:
-                    self._next_seeds[i] = self._rng(i).integers(2**63)
-                    self.fleet.bank.lane["drawn"][i] = 0
-                if not self.fleet.bank.lane["drawn"][i]:
-                    self._draw(i)
+        given = draw(problem, episode_seed) if episode_seed is not None else requests
+        fresh = [None if seed is None else np_random(seed) for seed in seeds]
+        before = [*self._rngs], [*self._rng_seeds], self._next_seeds.copy()
+        try:
+            for i in np.flatnonzero(chosen):
+                if (new := fresh[i]) is not None:
+                    self._rngs[i], self._rng_seeds[i] = new
+                    self._next_seeds[i] = -1
+                if given is not None:
+                    fleet.put(i, given, problem.reference(episode_seed))
+                elif self._next_seeds[i] < 0 or not fleet.bank.lane["drawn"][i]:
+                    self._draw(i, fleet, problem)
+        except Exception:  # all goes on as if nobody had asked
+            self._rngs, self._rng_seeds, self._next_seeds = before
+            raise
+        if fleet is not self.fleet:
+            self.close_extras()
+            self.problem, self.fleet = problem, fleet
         if reference is not None:
-            self.fleet.next_references[chosen] = reference
+            fleet.next_references[chosen] = reference
         self._out[:, chosen] = 0.0
         self._flags[:, chosen] = False
         self._begun = True
@@ -195,13 +199,14 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
     def _draw_ahead(self, chosen: NDArray[np.bool_]) -> None:
         """Draw the next episode of these environments."""
         for i in np.flatnonzero(chosen):
-            if self._next_seeds[i] < 0:
-                self._next_seeds[i] = self._rng(i).integers(2**63)
-            self._draw(i)
+            self._draw(i, self.fleet, self.problem)
 
-    def _draw(self, i: int) -> None:
+    def _draw(self, i: int, fleet: Fleet, problem: Problem) -> None:
+        """Draw the next episode of environment i, from the seed that it has for it or a new one."""
+        if self._next_seeds[i] < 0:
+            self._next_seeds[i] = self._rng(i).integers(2**63)
         seed = int(self._next_seeds[i])
-        self.fleet.put(i, draw(self.problem, seed), self.problem.reference(seed))
+        fleet.put(i, draw(problem, seed), problem.reference(seed))
 
     def _chosen(self, mask: Any) -> NDArray[np.bool_]:
         if mask is None:
@@ -218,10 +223,15 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
     def _seeds(self, seed: Any) -> Sequence[int | None]:
         if seed is None:
             return [None] * self.num_envs
-        if isinstance(seed, int | np.integer):
+        if whole(seed):
             return [int(seed) + i for i in range(self.num_envs)]
+        if not isinstance(seed, Sequence | np.ndarray) or isinstance(seed, str):
+            raise InputError(f"seed must be a whole number, or one for each environment, not {seed!r}")
         if len(seed) != self.num_envs:
             raise InputError(f"give {self.num_envs} seeds, one for each environment, not {len(seed)}")
+        for s in seed:
+            if s is not None and not whole(s):
+                raise InputError(f"seeds must be whole numbers or None, not {s!r}")
         return [None if s is None else int(s) for s in seed]
 
     def step(
@@ -234,10 +244,11 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
 
         Raises:
             gymnasium.error.ResetNeeded: before the first reset.
+            InputError: for actions that are no whole numbers, or of another shape than `action_space` has.
         """
         if not self._begun:
             raise gym.error.ResetNeeded("call reset before the first step")
-        self._actions[:] = actions
+        take_actions(actions, self._actions)
         fleet, out = self.fleet, self._out
         if self._threads == 1:
             events = fleet.step(self._actions, out, self._max_steps)
@@ -312,8 +323,7 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         cut = ended & ~begun  # they have not begun anew yet
         bank.final[cut] = bank.observation[cut]
         mask = np.zeros_like(bank.mask)
-        mask[begun] = 1
-        mask[cut] = bank.mask[cut]
+        mask[ended] = 1
         final = np.full(self.num_envs, None, dtype=object)
         for i in np.flatnonzero(ended):
             final[i] = present(bank.final[i].copy(), self.options)

@@ -41,7 +41,7 @@ class Scenario:
         engine: engine settings; what is None is as in `simulate` (KV capacity of the profile, a token budget
             of 2,048, 256 running requests).
         horizon_s: an episode is cut at this time, which makes it a window of an endless stream; inf: it ends
-            when all requests are served.
+            when all requests are served (environments cut it where that would take for ever).
         summary, source: what it is, and the paper or trace behind it.
         optimum: mean latency in seconds of an optimal schedule, over the episodes, where it is known.
         references: what is known of the best schedules of some episodes, or of each.
