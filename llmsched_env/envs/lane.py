@@ -51,9 +51,14 @@ DRAWN = np.dtype(
     align=True,
 )
 
-# What does not change of a visible request while it keeps its place, see `observation`.
+# What the mask and the observation ask of a visible request, a cache line each, see `observation`.
 BRIEF = np.dtype(
     [
+        ("rest", "i4"),  # tokens left of its prefill; 0 if it decodes or is in the plan
+        ("hold", "i4"),  # KV blocks that the admission of a waiting request reserves in any case
+        ("room", "i4"),  # tokens for which a running request holds KV blocks already
+        ("fixed", "i4"),  # 1: a running request has a chunk in the plan, and may not be preempted
+        # what does not change while the request keeps its place
         ("arrival", "f8"),
         ("first_due", "f8"),  # when its first token is due
         ("tpot", "f8"),
@@ -94,18 +99,13 @@ LANE = np.dtype(
         # -- the plan --
         ("phase", "i8"),
         ("held", "i8"),  # decodes are kept out of this plan
-        # the visible requests, and what the mask asks of them
+        # the visible requests
         ("stale_wait", "i8"),  # they have to be found anew
         ("stale_run", "i8"),
         ("num_wait", "i8"),
         ("num_run", "i8"),
         ("wait", "i4", (MOST_SLOTS,)),
-        ("wait_rest", "i4", (MOST_SLOTS,)),  # tokens of its prefill
-        ("wait_hold", "i4", (MOST_SLOTS,)),  # KV blocks that its admission reserves in any case
         ("run", "i4", (MOST_SLOTS,)),
-        ("run_rest", "i4", (MOST_SLOTS,)),  # tokens left of its prefill; 0 if it decodes or is in the plan
-        ("run_room", "i4", (MOST_SLOTS,)),  # tokens for which it holds KV blocks already
-        ("run_fixed", "i4", (MOST_SLOTS,)),  # 1: it has a chunk in the plan, and may not be preempted
         # rows of the observation that have to be written anew, all of a kind
         ("see_wait", "i8"),
         ("see_run", "i8"),
