@@ -127,7 +127,8 @@ def _write_mask(env: Env, preempt: bool) -> bool:
         at += choices
     for k in range(v.running_slots):
         there = k < v.num_run
-        _write_slot(mask, at, choices, there, there and (chunked or env.brief[running + k].rest <= 0), there and preempt)
+        less = there and (chunked or env.brief[running + k].rest <= 0)
+        _write_slot(mask, at, choices, there, less, there and preempt)
         at += choices
     return some
 

@@ -132,7 +132,6 @@ def _sum_up(env: Env, slot: int, q) -> None:  # type: ignore[no-untyped-def]
     """What stays as it is while the request keeps this slot; running slots count on from the waiting ones."""
     v, b = env.v, env.brief[slot]
     b.arrival = q.arrival
-    b.first_due = q.arrival + q.ttft_target
     b.tpot = q.tpot_target
     if v.length_info == _NONE:
         b.length = 0.0
@@ -145,7 +144,8 @@ def _sum_up(env: Env, slot: int, q) -> None:  # type: ignore[no-untyped-def]
     b.class_id = q.class_id
     b.preemptions = q.preemptions
     b.generated = q.generated
-    b.due = b.first_due if q.generated == 0 else q.first_token + q.generated * q.tpot_target
+    first_due = q.arrival + q.ttft_target
+    b.due = first_due if q.generated == 0 else q.first_token + q.generated * q.tpot_target
 
 
 @njit(forceinline=True)
@@ -393,7 +393,7 @@ def _write_running(env: Env, k: int) -> None:
     slot = env.v.waiting_slots + k
     _write_row(env.e.req[env.v.run[k]], env.brief[slot], env.e.cost, env.observation, env.scales, slot)
     q, b = env.e.req[env.v.run[k]], env.brief[slot]
-    _write_times(env, slot, b.first_due if q.generated == 0 else q.first_token + q.generated * b.tpot)
+    _write_times(env, slot, b.due if q.generated == 0 else q.first_token + q.generated * b.tpot)
 
 
 @njit
