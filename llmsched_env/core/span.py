@@ -171,8 +171,8 @@ def move(typing_context: Any, source: Any, to: Any, at: Any, count: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         element = context.get_data_type(signature.args[0].dtype)
         size = context.get_constant(types.intp, context.get_abi_sizeof(element))
-        pointers = [_pointer(context, builder, signature.args[0], args[0], i) for i in args[1:3]]
-        cgutils.raw_memmove(builder, *pointers, args[3], size)
+        to, at = (_pointer(context, builder, signature.args[0], args[0], i) for i in args[1:3])
+        cgutils.raw_memmove(builder, to, at, args[3], size)
         return context.get_dummy_value()
 
     return signature, build

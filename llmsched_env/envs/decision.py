@@ -193,7 +193,7 @@ def _taken(env: Env, q) -> int:  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _allow_levels(mask, levels, at: int, choices: int, most: int) -> int:  # type: ignore[no-untyped-def]
+def _allow_levels(mask, levels, at: int, choices: np.uint64, most: int) -> int:  # type: ignore[no-untyped-def]
     """Allow the levels that are less than `most`, all that fits being level 0; returns how many.
 
     What lies behind them in the mask is written later.
