@@ -177,7 +177,6 @@ class Fleet:
             scales(slots, units),  # type: ignore[arg-type]
             sum(kind.mask_parts(options)),
             log_rows,
-            slots,
         )
         self._set_options(autoreset)
         self.alone = np.full(num_envs, np.nan)

@@ -69,6 +69,7 @@ BRIEF = np.dtype(
     ],
     align=True,
 )
+_BRIEFS = 2 * MOST_SLOTS + 1  # odd, as `padded` has it: else the first of all share a few sets of the cache
 
 # What the environment keeps beside its engine.
 LANE = padded(
@@ -169,7 +170,6 @@ _COLUMNS = (
     "lane",
     "pool",
     "brief",
-    "slots",
     "observation",
     "observation_size",
     "scales",
@@ -199,7 +199,6 @@ COLUMNS = len(_COLUMNS)
     _LANE,
     _POOL,
     _BRIEF,
-    _SLOTS,
     _OBSERVATION,
     _OBSERVATION_SIZE,
     _SCALES,
@@ -278,7 +277,7 @@ def env_at(table, lane: int) -> Env:  # type: ignore[no-untyped-def]
         _lane_span(table[at + _LANE], 1)[0],
         _engine_span(table[at + _TEMPLATE], 1)[0],
         _drawn_span(table[at + _POOL], n),
-        _brief_span(table[at + _BRIEF], table[at + _SLOTS]),
+        _brief_span(table[at + _BRIEF], _BRIEFS),
         _f4_span(table[at + _OBSERVATION], table[at + _OBSERVATION_SIZE]),
         _f4_span(table[at + _FINAL], table[at + _OBSERVATION_SIZE]),
         _f4_span(table[at + _SCALES], 2 * table[at + _OBSERVATION_SIZE]),
@@ -313,7 +312,7 @@ class Bank:
         bits: (E, N / 64) int64.
         template: (1,) engine record. cost: the packed cost model. scales: (2, D) float32.
         pool: (E, N) DRAWN records.
-        brief: (E, slots) BRIEF records.
+        brief: (E, 2 MOST_SLOTS and one to spare) BRIEF records.
         observation, final: (E, D) float32. mask: (E, A) int8.
         table: (E, COLUMNS) int64, to be passed to compiled code.
     """
@@ -339,7 +338,6 @@ class Bank:
         scales: NDArray[np.float32],
         mask_size: int,
         log_rows: int = 0,
-        slots: int = 2 * MOST_SLOTS,
     ) -> None:
         n = num_requests
         self.num_requests = n
@@ -353,7 +351,7 @@ class Bank:
             "req": ((num_envs, n), REQUEST),
             "observation": ((num_envs, observation_size), np.dtype(np.float32)),
             "mask": ((num_envs, mask_size), np.dtype(np.int8)),
-            "brief": ((num_envs, slots), BRIEF),
+            "brief": ((num_envs, _BRIEFS), BRIEF),
             "bits": ((num_envs, -(-n // 64)), np.dtype(np.int64)),
             "lists": ((num_envs, 6, n), np.dtype(np.int32)),
             "pool": ((num_envs, n), DRAWN),
@@ -408,7 +406,6 @@ class Bank:
             (_NUM_REQUESTS, self.num_requests),
             (_NUM_WORDS, self.bits.shape[1]),
             (_NUM_COST, len(self.cost)),
-            (_SLOTS, self.brief.shape[1]),
             (_OBSERVATION_SIZE, self.observation.shape[1]),
             (_MASK_SIZE, self.mask.shape[1]),
             (_NUM_ROWS, len(self.log.rows)),
