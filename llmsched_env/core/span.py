@@ -97,11 +97,14 @@ def copy_record(typing_context: Any, target: Any, source: Any) -> Any:
     return signature, build
 
 
-def _pointer(context: Any, builder: Any, span_type: Any, value: Any, index: Any) -> Any:
-    """The address of an element."""
-    fields = cgutils.create_struct_proxy(span_type)(context, builder, value=value)
-    element = context.get_data_type(span_type.dtype)
-    return builder.gep(builder.bitcast(fields.data, element.as_pointer()), [index])
+def _pointer(context: Any, builder: Any, source_type: Any, value: Any, index: Any) -> Any:
+    """The address of an element of a span or of an array."""
+    if isinstance(source_type, SpanType):
+        data = cgutils.create_struct_proxy(source_type)(context, builder, value=value).data
+    else:
+        data = context.make_array(source_type)(context, builder, value).data
+    element = context.get_data_type(source_type.dtype)
+    return builder.gep(builder.bitcast(data, element.as_pointer()), [index])
 
 
 @intrinsic
@@ -158,6 +161,65 @@ def prefetch(typing_context: Any, source: Any, index: Any) -> Any:
         return context.get_dummy_value()
 
     return signature, build
+
+
+@intrinsic
+def move(typing_context: Any, source: Any, to: Any, at: Any, count: Any) -> Any:
+    """Move `count` elements of a span or array from `at` to `to`, which may overlap."""
+    signature = types.void(source, types.intp, types.intp, types.intp)
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        element = context.get_data_type(signature.args[0].dtype)
+        size = context.get_constant(types.intp, context.get_abi_sizeof(element))
+        to, at = (_pointer(context, builder, signature.args[0], args[0], i) for i in args[1:3])
+        cgutils.raw_memmove(builder, to, at, args[3], size)
+        return context.get_dummy_value()
+
+    return signature, build
+
+
+WORD = 8  # bytes that are written at once
+
+
+@intrinsic
+def less_than(typing_context: Any, numbers: Any, limit: Any) -> Any:
+    """Which of the first eight numbers of an int64 array are less than the limit: a word of bytes 0 or 1."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        integer = ir.IntType(64)
+        vector = ir.VectorType(integer, WORD)
+        zero = context.get_constant(types.intp, 0)
+        first = _pointer(context, builder, signature.args[0], args[0], zero)
+        found = builder.load(builder.bitcast(first, vector.as_pointer()), align=8)
+        all_alike = ir.Constant(ir.VectorType(ir.IntType(32), WORD), [0] * WORD)
+        limits = builder.insert_element(ir.Constant(vector, ir.Undefined), args[1], ir.IntType(32)(0))
+        limits = builder.shuffle_vector(limits, limits, all_alike)
+        less = builder.icmp_signed("<", found, limits)
+        return builder.bitcast(builder.zext(less, ir.VectorType(ir.IntType(8), WORD)), integer)
+
+    return types.uint64(numbers, types.int64), build
+
+
+@intrinsic
+def store_word(typing_context: Any, target: Any, index: Any, word: Any) -> Any:
+    """Write the eight bytes of a word into a span of bytes, from `index` on."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, builder, signature.args[0], args[0], args[1])
+        builder.store(args[2], builder.bitcast(pointer, ir.IntType(64).as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(target, types.intp, types.uint64), build
+
+
+@intrinsic
+def ones(typing_context: Any, word: Any) -> Any:
+    """How many bits of a word are set."""
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.ctpop(args[0])
+
+    return types.int64(types.uint64), build
 
 
 @overload(operator.getitem, strict=False)

@@ -133,7 +133,7 @@ _REQUEST = np.dtype(
 )
 
 
-def _padded(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def padded(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """The record as an odd number of cache lines, so that the first lines of neighbours fall into different
     sets of the cache.
     """
@@ -151,7 +151,7 @@ def _padded(dtype: np.dtype[Any]) -> np.dtype[Any]:
     )
 
 
-REQUEST = _padded(_REQUEST)
+REQUEST = padded(_REQUEST)
 
 
 def aligned_zeros(n: int, dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
@@ -251,7 +251,8 @@ def engine_dtype(policy: list[tuple[Any, ...]]) -> np.dtype[Any]:
     """The record of one engine whose scheduler has the settings `policy`, a list of numpy field
     descriptions.
     """
-    return np.dtype(_ENGINE + policy, align=True)
+    fields = sorted(_ENGINE + policy, key=len)  # what is an array comes last, so that the rest lies together
+    return padded(np.dtype(fields, align=True))
 
 
 class Engine(NamedTuple):

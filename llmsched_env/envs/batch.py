@@ -119,7 +119,7 @@ def _write_mask(env: Env, preempt: bool) -> bool:
         for k in range(v.num_run):
             blocks += e.req[v.run[k]].blocks
     some = False
-    at, choices = 0, v.num_levels + 2
+    at, choices, running = 0, v.num_levels + 2, v.waiting_slots
     for k in range(v.waiting_slots):
         fits = k < v.num_wait and most_to_admit(env, k, blocks) > 0
         some = some or fits
@@ -127,7 +127,8 @@ def _write_mask(env: Env, preempt: bool) -> bool:
         at += choices
     for k in range(v.running_slots):
         there = k < v.num_run
-        _write_slot(mask, at, choices, there, there and (chunked or v.run_rest[k] <= 0), there and preempt)
+        less = there and (chunked or env.brief[running + k].rest <= 0)
+        _write_slot(mask, at, choices, there, less, there and preempt)
         at += choices
     return some
 
@@ -213,8 +214,9 @@ def build(env: Env, given: Any, at: int) -> None:
         choice = _choice(env, given, at, running + k)
         if choice == SKIP or choice == choices - 1:
             continue
-        if v.run_rest[k] <= 0:
-            if may_decode(env) and (v.run_room[k] > 0 or s.free > 0):
+        b = env.brief[running + k]
+        if b.rest <= 0:
+            if may_decode(env) and (b.room > 0 or s.free > 0):
                 grant(e, v.run[k], 1)
         else:
             tokens = _at_most(env, choice, most_to_chunk(env, k))

@@ -15,10 +15,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from llmsched_env.core.compile import njit
 from llmsched_env.core.engine import evict, grant, grant_decodes, refund
 from llmsched_env.core.facts import blocks_for
 from llmsched_env.core.run import _log_full
+from llmsched_env.core.span import WORD, less_than, ones, store_word
 from llmsched_env.envs import frame
 from llmsched_env.envs.episode import (
     BUILDING,
@@ -66,9 +69,8 @@ def room_to_admit(env: Env) -> int:
 @njit(forceinline=True)
 def most_to_admit(env: Env, slot: int, blocks: int) -> int:
     """Most tokens that the request in this waiting slot could get with so many KV blocks; 0: none."""
-    s, v = env.e.s, env.v
-    chunked = s.chunked != 0
-    return _most_to_admit(v.wait_rest[slot], v.wait_hold[slot], s.budget, blocks, s.block_size, chunked)
+    s, b = env.e.s, env.brief[slot]
+    return _most_to_admit(b.rest, b.hold, s.budget, blocks, s.block_size, s.chunked != 0)
 
 
 @njit(forceinline=True)
@@ -84,9 +86,8 @@ def _most_to_admit(rest: int, hold: int, budget: int, blocks: int, size: int, ch
 @njit(forceinline=True)
 def most_to_chunk(env: Env, slot: int) -> int:
     """Most tokens that the prefill in this running slot could get; 0: none."""
-    s, v = env.e.s, env.v
-    room = v.run_room[slot] + s.free * s.block_size
-    return _most_to_chunk(v.run_rest[slot], room, max(0, s.budget), s.chunked != 0)
+    s, b = env.e.s, env.brief[env.v.waiting_slots + slot]
+    return _most_to_chunk(b.rest, b.room + s.free * s.block_size, max(0, s.budget), s.chunked != 0)
 
 
 @njit(forceinline=True)
@@ -105,50 +106,46 @@ def legal(env: Env) -> int:
     s = e.s
     for i in range(len(mask)):
         mask[i] = 0
+    running = v.waiting_slots
     preempt = FIRST_SLOT + (v.waiting_slots + v.running_slots) * v.num_levels
-    count, only = 0, RUN
     if v.phase == FORCED:
         for k in range(v.num_run):
             mask[preempt + k] = 1
         return preempt if v.num_run == 1 else -1
     num_levels, chunked, budget, size = v.num_levels, s.chunked != 0, s.budget, s.block_size
+    # Which bytes of a word are levels that can be chosen: only all that fits unless there are chunks.
+    last = np.uint64(8 * (num_levels - 1))
+    choices = ~np.uint64(0) >> (np.uint64(56) - last) if chunked else np.uint64(255) << last
+    count = 0
     blocks = room_to_admit(env)
-    at = FIRST_SLOT - 1
     if blocks > 0:
         for k in range(v.num_wait):
-            at += num_levels
-            most = _most_to_admit(v.wait_rest[k], v.wait_hold[k], budget, blocks, size, chunked)
-            if most > 0:
-                only = at
-                count += _allow_levels(mask, v.levels, at, num_levels, most, chunked)
+            b = env.brief[k]
+            most = _most_to_admit(b.rest, b.hold, budget, blocks, size, chunked)
+            count += _allow_levels(mask, v.levels, FIRST_SLOT + k * num_levels, choices, most)
     prefills = s.prefill_requests
     short = False  # a prefill lacks blocks
     if s.decodes + prefills < s.num_running and budget > 0:  # somebody is not in the plan
-        at = FIRST_SLOT - 1 + v.waiting_slots * num_levels
         free = s.free * size
         for k in range(v.num_run):
-            at += num_levels
-            if v.run_rest[k] > 0:
-                most = _most_to_chunk(v.run_rest[k], v.run_room[k] + free, budget, chunked)
-                short |= most < min(v.run_rest[k], budget)
-                if most > 0:
-                    only = at
-                    count += _allow_levels(mask, v.levels, at, num_levels, most, chunked)
+            b = env.brief[running + k]
+            rest = max(0, b.rest)
+            most = _most_to_chunk(rest, b.room + free, budget, chunked)
+            short |= most < min(rest, budget)
+            count += _allow_levels(mask, v.levels, FIRST_SLOT + (running + k) * num_levels, choices, most)
     fill = count
     if s.decodes > 0 and not v.held and (fill > 0 or prefills > 0 or _room_without_decodes(env)):
         mask[HOLD] = 1
         count += 1
-        only = HOLD
     planned = s.decodes + prefills > 0
     stuck = not planned and fill == 0
     # Somebody must wait who could be admitted in this plan, or lack blocks, or nothing else is possible.
     waits = s.num_waiting > (0 if v.readmit else s.num_victims)
     if (v.voluntary and (waits or short)) or stuck:
         for k in range(v.num_run):
-            if v.run_fixed[k] == 0:
-                mask[preempt + k] = 1
-                count += 1
-                only = preempt + k
+            may = 1 - env.brief[running + k].fixed
+            mask[preempt + k] = may
+            count += may
     if planned:
         go = not (v.work_conserving and fill > 0)
     else:
@@ -156,8 +153,12 @@ def legal(env: Env) -> int:
     if go:
         mask[RUN] = 1
         count += 1
-        only = RUN
-    return only if count == 1 else -1
+    if count > 1:
+        return -1
+    only = RUN
+    while mask[only] == 0:
+        only += 1
+    return only
 
 
 @njit
@@ -170,14 +171,15 @@ def _room_without_decodes(env: Env) -> bool:
     budget, chunked = s.budget + s.decodes, s.chunked != 0
     free = s.free + taken
     for k in range(v.num_run):
-        room = v.run_room[k] + free * s.block_size
-        if v.run_rest[k] > 0 and _most_to_chunk(v.run_rest[k], room, budget, chunked) > 0:
+        b = env.brief[v.waiting_slots + k]
+        room = b.room + free * s.block_size
+        if b.rest > 0 and _most_to_chunk(b.rest, room, budget, chunked) > 0:
             return True
     blocks = free - s.watermark_blocks
     if s.num_running < s.max_num_seqs and blocks > 0:
         for k in range(v.num_wait):
-            rest, hold = v.wait_rest[k], v.wait_hold[k]
-            if _most_to_admit(rest, hold, budget, blocks, s.block_size, chunked) > 0:
+            b = env.brief[k]
+            if _most_to_admit(b.rest, b.hold, budget, blocks, s.block_size, chunked) > 0:
                 return True
     return False
 
@@ -191,17 +193,18 @@ def _taken(env: Env, q) -> int:  # type: ignore[no-untyped-def]
 
 
 @njit(forceinline=True)
-def _allow_levels(mask, levels, last: int, num_levels: int, most: int, chunked: bool) -> int:  # type: ignore[no-untyped-def]
-    """Allow all that fits, at `last`, and the levels that are less; returns how many."""
-    mask[last] = 1
-    count = 1
-    if chunked:
-        first = last - num_levels + 1
-        for k in range(num_levels - 1):
-            less = 1 if levels[k] < most else 0
-            mask[first + k] = less
-            count += less
-    return count
+def _allow_levels(mask, levels, at: int, choices: np.uint64, most: int) -> int:  # type: ignore[no-untyped-def]
+    """Allow the levels that are less than `most`, all that fits being level 0; returns how many.
+
+    What lies behind them in the mask is written later.
+    """
+    word = less_than(levels, most) & choices
+    if at + WORD <= len(mask):
+        store_word(mask, at, word)
+    else:
+        for i in range(at, len(mask)):
+            mask[i] = (word >> np.uint64(8 * (i - at))) & np.uint64(1)
+    return ones(word)
 
 
 # ---------------------------------------------------------------------- the decisions

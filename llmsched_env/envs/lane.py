@@ -16,7 +16,7 @@ from llmsched_env.core.compile import njit
 from llmsched_env.core.histogram import BINS
 from llmsched_env.core.run import ITERATION, Log
 from llmsched_env.core.span import span_at
-from llmsched_env.core.state import REQUEST, Engine
+from llmsched_env.core.state import REQUEST, Engine, padded
 from llmsched_env.scheduling import ENGINE
 
 MOST_SLOTS = 64  # visible waiting, or running, requests
@@ -51,104 +51,107 @@ DRAWN = np.dtype(
     align=True,
 )
 
-# What does not change of a visible request while it keeps its place, see `observation`.
+# What the mask and the observation ask of a visible request, a cache line each, see `observation`.
 BRIEF = np.dtype(
     [
+        ("rest", "i4"),  # tokens left of its prefill; 0 if it decodes or is in the plan
+        ("hold", "i4"),  # KV blocks that the admission of a waiting request reserves in any case
+        ("room", "i4"),  # tokens for which a running request holds KV blocks already
+        ("fixed", "i4"),  # 1: a running request has a chunk in the plan, and may not be preempted
+        # what does not change while the request keeps its place
         ("arrival", "f8"),
-        ("first_due", "f8"),  # when its first token is due
         ("tpot", "f8"),
         ("length", "f8"),  # of its answer, as far as the length regime tells; 0: nothing
-        ("due", "f8"),  # when the next token of a waiting request is due
+        ("due", "f8"),  # when the next token of a waiting request is due, the first of a running one
         ("generated", "f4"),  # of a waiting request
         ("class_id", "f4"),
         ("preemptions", "f4"),
     ],
     align=True,
 )
+_BRIEFS = 2 * MOST_SLOTS + 1  # odd, as `padded` has it: else the first of all share a few sets of the cache
 
 # What the environment keeps beside its engine.
-LANE = np.dtype(
-    [
-        # -- options --
-        ("waiting_slots", "i8"),
-        ("running_slots", "i8"),
-        ("running_order", "i8"),
-        ("length_info", "i8"),
-        ("num_levels", "i8"),  # the last is all that fits
-        ("levels", "i8", (MOST_LEVELS,)),
-        ("skip_forced", "i8"),
-        ("work_conserving", "i8"),
-        ("voluntary", "i8"),  # whether requests may be preempted that need not be
-        ("readmit", "i8"),  # whether who is preempted in a plan may be admitted again in it
-        ("idle", "i8"),  # whether the engine may wait although somebody could be served
-        ("autoreset", "i8"),
-        ("horizon", "f8"),  # seconds at which the episode is cut
-        ("next_horizon", "f8"),  # likewise the one that `pool` holds
-        ("time_scale", "f8"),
-        ("rate_window", "f8"),
-        ("discount_rate", "f8"),
-        ("weights", "f8", (TERMS,)),
-        ("class_means", "f8", (MOST_CLASSES,)),
-        ("unit_time", "f8"),  # seconds that make one unit of reward: requests times the time scale
-        ("unit_tokens", "f8"),  # likewise output tokens: those expected of an episode
-        # -- the plan --
-        ("phase", "i8"),
-        ("held", "i8"),  # decodes are kept out of this plan
-        # the visible requests, and what the mask asks of them
-        ("stale_wait", "i8"),  # they have to be found anew
-        ("stale_run", "i8"),
-        ("num_wait", "i8"),
-        ("num_run", "i8"),
-        ("wait", "i4", (MOST_SLOTS,)),
-        ("wait_rest", "i4", (MOST_SLOTS,)),  # tokens of its prefill
-        ("wait_hold", "i4", (MOST_SLOTS,)),  # KV blocks that its admission reserves in any case
-        ("run", "i4", (MOST_SLOTS,)),
-        ("run_rest", "i4", (MOST_SLOTS,)),  # tokens left of its prefill; 0 if it decodes or is in the plan
-        ("run_room", "i4", (MOST_SLOTS,)),  # tokens for which it holds KV blocks already
-        ("run_fixed", "i4", (MOST_SLOTS,)),  # 1: it has a chunk in the plan, and may not be preempted
-        # rows of the observation that have to be written anew, all of a kind
-        ("see_wait", "i8"),
-        ("see_run", "i8"),
-        ("last_action", "i8"),
-        # -- the step --
-        ("reward", "f8"),
-        ("terminated", "i8"),
-        ("truncated", "i8"),
-        ("dt", "f8"),
-        ("factor", "f8"),  # of the continuous discount at this point of the step
-        ("mean_factor", "f8"),  # over the time that passed last
-        ("terms", "f8", (TERMS,)),  # the reward by objective, unweighted
-        # -- the episode --
-        ("drawn", "i8"),  # whether `pool` holds the next episode
-        ("was_reset", "i8"),  # whether this step began an episode
-        ("begun", "i8"),  # episodes begun so far
-        ("episodes", "i8"),
-        ("steps", "i8"),
-        ("illegal", "i8"),
-        ("total", "f8"),
-        ("iteration_time", "f8"),  # of the last iteration
-        ("arrival_rate", "f8"),
-        ("departure_rate", "f8"),
-        ("request_seconds", "f8"),  # the integral of requests in the system
-        ("met", "i8"),  # finished requests that met their targets
-        ("fairness", "f8"),  # Jain's index of what the clients have got
-        ("num_clients", "i8"),
-        ("service", "f8", (MOST_CLIENTS,)),
-        # -- the episode before, for statistics --
-        ("done_return", "f8"),
-        ("done_steps", "i8"),
-        ("done_latency", "f8"),
-        ("done_goodput", "f8"),
-        ("done_finished", "i8"),
-        ("done_clock", "f8"),
-        ("done_busy", "f8"),
-        ("done_iterations", "i8"),
-        ("done_preemptions", "i8"),
-        ("done_illegal", "i8"),
-        ("done_fairness", "f8"),
-        ("done_tokens", "i8"),
-    ],
-    align=True,
+LANE = padded(
+    np.dtype(
+        [
+            # -- options --
+            ("levels", "i8", (MOST_LEVELS,)),  # tokens; 0: all that fits
+            ("waiting_slots", "i8"),
+            ("running_slots", "i8"),
+            ("running_order", "i8"),
+            ("length_info", "i8"),
+            ("num_levels", "i8"),
+            ("skip_forced", "i8"),
+            ("work_conserving", "i8"),
+            ("voluntary", "i8"),  # whether requests may be preempted that need not be
+            ("readmit", "i8"),  # whether who is preempted in a plan may be admitted again in it
+            ("idle", "i8"),  # whether the engine may wait although somebody could be served
+            ("autoreset", "i8"),
+            ("horizon", "f8"),  # seconds at which the episode is cut
+            ("next_horizon", "f8"),  # likewise the one that `pool` holds
+            ("time_scale", "f8"),
+            ("rate_window", "f8"),
+            ("discount_rate", "f8"),
+            ("weights", "f8", (TERMS,)),
+            ("unit_time", "f8"),  # seconds that make one unit of reward: requests times the time scale
+            ("unit_tokens", "f8"),  # likewise output tokens: those expected of an episode
+            # -- the plan --
+            ("phase", "i8"),
+            ("held", "i8"),  # decodes are kept out of this plan
+            # the visible requests, see `wait` and `run`
+            ("stale_wait", "i8"),  # they have to be found anew
+            ("stale_run", "i8"),
+            ("num_wait", "i8"),
+            ("num_run", "i8"),
+            # rows of the observation that have to be written anew, all of a kind
+            ("see_wait", "i8"),
+            ("see_run", "i8"),
+            ("last_action", "i8"),
+            # -- the step --
+            ("reward", "f8"),
+            ("terminated", "i8"),
+            ("truncated", "i8"),
+            ("dt", "f8"),
+            ("factor", "f8"),  # of the continuous discount at this point of the step
+            ("mean_factor", "f8"),  # over the time that passed last
+            ("terms", "f8", (TERMS,)),  # the reward by objective, unweighted
+            # -- the episode --
+            ("drawn", "i8"),  # whether `pool` holds the next episode
+            ("was_reset", "i8"),  # whether this step began an episode
+            ("begun", "i8"),  # episodes begun so far
+            ("episodes", "i8"),
+            ("steps", "i8"),
+            ("illegal", "i8"),
+            ("total", "f8"),
+            ("iteration_time", "f8"),  # of the last iteration
+            ("arrival_rate", "f8"),
+            ("departure_rate", "f8"),
+            ("request_seconds", "f8"),  # the integral of requests in the system
+            ("met", "i8"),  # finished requests that met their targets
+            ("fairness", "f8"),  # Jain's index of what the clients have got
+            ("num_clients", "i8"),
+            # -- arrays of which little is used, and what is used seldom --
+            ("wait", "i4", (MOST_SLOTS,)),  # the visible requests
+            ("run", "i4", (MOST_SLOTS,)),
+            ("class_means", "f8", (MOST_CLASSES,)),
+            ("service", "f8", (MOST_CLIENTS,)),
+            # the episode before, for statistics
+            ("done_return", "f8"),
+            ("done_steps", "i8"),
+            ("done_latency", "f8"),
+            ("done_goodput", "f8"),
+            ("done_finished", "i8"),
+            ("done_clock", "f8"),
+            ("done_busy", "f8"),
+            ("done_iterations", "i8"),
+            ("done_preemptions", "i8"),
+            ("done_illegal", "i8"),
+            ("done_fairness", "f8"),
+            ("done_tokens", "i8"),
+        ],
+        align=True,
+    )
 )
 
 # The columns of the table of addresses.
@@ -274,7 +277,7 @@ def env_at(table, lane: int) -> Env:  # type: ignore[no-untyped-def]
         _lane_span(table[at + _LANE], 1)[0],
         _engine_span(table[at + _TEMPLATE], 1)[0],
         _drawn_span(table[at + _POOL], n),
-        _brief_span(table[at + _BRIEF], 2 * MOST_SLOTS),
+        _brief_span(table[at + _BRIEF], _BRIEFS),
         _f4_span(table[at + _OBSERVATION], table[at + _OBSERVATION_SIZE]),
         _f4_span(table[at + _FINAL], table[at + _OBSERVATION_SIZE]),
         _f4_span(table[at + _SCALES], 2 * table[at + _OBSERVATION_SIZE]),
@@ -309,7 +312,7 @@ class Bank:
         bits: (E, N / 64) int64.
         template: (1,) engine record. cost: the packed cost model. scales: (2, D) float32.
         pool: (E, N) DRAWN records.
-        brief: (E, 2 MOST_SLOTS) BRIEF records.
+        brief: (E, 2 MOST_SLOTS and one to spare) BRIEF records.
         observation, final: (E, D) float32. mask: (E, A) int8.
         table: (E, COLUMNS) int64, to be passed to compiled code.
     """
@@ -348,7 +351,7 @@ class Bank:
             "req": ((num_envs, n), REQUEST),
             "observation": ((num_envs, observation_size), np.dtype(np.float32)),
             "mask": ((num_envs, mask_size), np.dtype(np.int8)),
-            "brief": ((num_envs, 2 * MOST_SLOTS), BRIEF),
+            "brief": ((num_envs, _BRIEFS), BRIEF),
             "bits": ((num_envs, -(-n // 64)), np.dtype(np.int64)),
             "lists": ((num_envs, 6, n), np.dtype(np.int32)),
             "pool": ((num_envs, n), DRAWN),

@@ -15,7 +15,7 @@ from llmsched_env.core.compile import njit
 from llmsched_env.core.cost import batch_time
 from llmsched_env.core.engine import iteration_time
 from llmsched_env.core.facts import blocks_for, hold_tokens
-from llmsched_env.core.span import copy_record
+from llmsched_env.core.span import move
 from llmsched_env.envs.lane import MOST_CLASSES, Env
 
 
@@ -95,8 +95,7 @@ _OLDEST, _NEWEST, _SHORTEST, _LONGEST = (int(x) for x in RunningOrder)
 # ---------------------------------------------------------------------- who is visible
 
 # Records of requests lie far apart, and hundreds of environments do not fit into the caches. So what the mask
-# and the observation ask of the visible requests is kept together: in arrays of the lane, and, as far as it
-# does not change while a request keeps its place, in `brief`.
+# and the observation ask of the visible requests is kept together, in `brief`.
 
 
 @njit
@@ -122,8 +121,9 @@ def _put_waiting(env: Env, k: int, r: int) -> None:
     q = e.req[r]
     hold = hold_tokens(e, q, e.s.hold)
     v.wait[k] = r
-    v.wait_rest[k] = q.prompt + q.generated
-    v.wait_hold[k] = blocks_for(e, hold) if hold > 0 else 0
+    b = env.brief[k]
+    b.rest = q.prompt + q.generated
+    b.hold = blocks_for(e, hold) if hold > 0 else 0
     _sum_up(env, k, q)
 
 
@@ -132,7 +132,6 @@ def _sum_up(env: Env, slot: int, q) -> None:  # type: ignore[no-untyped-def]
     """What stays as it is while the request keeps this slot; running slots count on from the waiting ones."""
     v, b = env.v, env.brief[slot]
     b.arrival = q.arrival
-    b.first_due = q.arrival + q.ttft_target
     b.tpot = q.tpot_target
     if v.length_info == _NONE:
         b.length = 0.0
@@ -145,17 +144,15 @@ def _sum_up(env: Env, slot: int, q) -> None:  # type: ignore[no-untyped-def]
     b.class_id = q.class_id
     b.preemptions = q.preemptions
     b.generated = q.generated
-    b.due = b.first_due if q.generated == 0 else q.first_token + q.generated * q.tpot_target
+    first_due = q.arrival + q.ttft_target
+    b.due = first_due if q.generated == 0 else q.first_token + q.generated * q.tpot_target
 
 
 @njit(forceinline=True)
-def _move(env: Env, to: int, slot: int) -> None:
-    """Move the visible request in `slot` to another slot, with its row of the observation."""
-    out = env.observation
-    copy_record(env.brief[to], env.brief[slot])
-    at, source = NUM_GLOBAL + to * NUM_SLOT, NUM_GLOBAL + slot * NUM_SLOT
-    for i in range(NUM_SLOT):
-        out[at + i] = out[source + i]
+def _move(env: Env, to: int, slot: int, count: int) -> None:
+    """Move `count` visible requests from `slot` on to other slots, with their rows of the observation."""
+    move(env.brief, to, slot, count)
+    move(env.observation, NUM_GLOBAL + to * NUM_SLOT, NUM_GLOBAL + slot * NUM_SLOT, count * NUM_SLOT)
 
 
 @njit(forceinline=True)
@@ -168,11 +165,8 @@ def drop_waiting(env: Env, slot: int) -> None:
         after = queue.following(e, v.wait[last])
         while after >= 0 and e.req[after].evicted_at == e.s.iterations and not v.readmit:
             after = queue.following(e, after)
-    for k in range(slot, last):
-        v.wait[k] = v.wait[k + 1]
-        v.wait_rest[k] = v.wait_rest[k + 1]
-        v.wait_hold[k] = v.wait_hold[k + 1]
-        _move(env, k, k + 1)
+    move(v.wait, slot, slot + 1, last - slot)
+    _move(env, slot, slot + 1, last - slot)
     if after >= 0:
         _put_waiting(env, last, after)
         _write_waiting(env, last)
@@ -211,11 +205,11 @@ def find_running(env: Env) -> None:
 def _ask_running(env: Env, k: int) -> None:
     """What the mask asks of the request in running slot k."""
     e, v = env.e, env.v
-    q = e.req[v.run[k]]
+    q, b = e.req[v.run[k]], env.brief[v.waiting_slots + k]
     rest = q.target - q.computed
-    v.run_rest[k] = rest if q.granted == 0 else 0
-    v.run_room[k] = q.blocks * e.s.block_size - q.computed
-    v.run_fixed[k] = 1 if q.granted > 0 and rest > 0 else 0
+    b.rest = rest if q.granted == 0 else 0
+    b.room = q.blocks * e.s.block_size - q.computed
+    b.fixed = 1 if q.granted > 0 and rest > 0 else 0
 
 
 @njit
@@ -251,27 +245,27 @@ def running_joined(env: Env) -> None:
     seen = min(n, v.running_slots)
     k = 0
     if v.running_order == _NEWEST:
-        for j in range(seen - 1, 0, -1):
-            _shift_running(env, j, j - 1)
+        _move_running(env, 1, 0, seen - 1)
     else:
         k = n - 1
         if k >= seen:
             return
     v.num_run = seen
-    v.run[k] = e.running[n - 1]
-    _sum_up(env, v.waiting_slots + k, e.req[v.run[k]])
-    _ask_running(env, k)
-    _write_running(env, k)
+    _put_running(env, k, e.running[n - 1])
 
 
 @njit(forceinline=True)
-def _shift_running(env: Env, to: int, k: int) -> None:
-    v = env.v
-    v.run[to] = v.run[k]
-    v.run_rest[to] = v.run_rest[k]
-    v.run_room[to] = v.run_room[k]
-    v.run_fixed[to] = v.run_fixed[k]
-    _move(env, v.waiting_slots + to, v.waiting_slots + k)
+def _move_running(env: Env, to: int, k: int, count: int) -> None:
+    move(env.v.run, to, k, count)
+    _move(env, env.v.waiting_slots + to, env.v.waiting_slots + k, count)
+
+
+@njit(forceinline=True)
+def _put_running(env: Env, k: int, r: int) -> None:
+    """The request in running slot k is r now."""
+    env.v.run[k] = r
+    _sum_up(env, env.v.waiting_slots + k, env.e.req[r])
+    running_changed(env, k)
 
 
 @njit(forceinline=True)
@@ -284,15 +278,18 @@ def running_changed(env: Env, slot: int) -> None:
 @njit(forceinline=True)
 def running_left(env: Env, slot: int) -> None:
     """The request in this slot was preempted, and of the running ones nothing else has changed."""
-    v = env.v
-    n = env.e.s.num_running
-    if v.stale_run or v.running_order > _NEWEST or n >= v.running_slots:
+    e, v = env.e, env.v
+    n = e.s.num_running
+    if v.stale_run or v.running_order > _NEWEST:
         find_running(env)
         return
-    for k in range(slot, n):
-        _shift_running(env, k, k + 1)
-    v.num_run = n
-    _write_nobody(env, v.waiting_slots + n, 1)
+    last = v.num_run - 1
+    _move_running(env, slot, slot + 1, last - slot)
+    if n > last:  # one more becomes visible
+        _put_running(env, last, e.running[last if v.running_order == _OLDEST else n - 1 - last])
+    else:
+        v.num_run = last
+        _write_nobody(env, v.waiting_slots + last, 1)
 
 
 # ---------------------------------------------------------------------- what is seen of them
@@ -343,7 +340,7 @@ def _see_engine(env: Env) -> None:
             hidden_kv -= e.req[v.run[k]].blocks
     tokens = 0
     for k in range(v.num_wait):
-        tokens += v.wait_rest[k]
+        tokens += env.brief[k].rest
     _put(out, scales, 0, s.kv_blocks - s.free)
     _put(out, scales, 1, max(0, s.budget))
     _put(out, scales, 2, s.num_running)
@@ -380,7 +377,7 @@ def _write_waiting(env: Env, k: int) -> None:
     out, scales, b = env.observation, env.scales, env.brief[k]
     at = NUM_GLOBAL + k * NUM_SLOT
     out[at] = 1.0
-    _put(out, scales, at + 1, env.v.wait_rest[k])
+    _put(out, scales, at + 1, b.rest)
     out[at + 2] = 0.0
     _put(out, scales, at + 3, b.generated)
     _put(out, scales, at + 4, max(1.0, b.length - b.generated) if b.length > 0.0 else 0.0)
@@ -396,7 +393,7 @@ def _write_running(env: Env, k: int) -> None:
     slot = env.v.waiting_slots + k
     _write_row(env.e.req[env.v.run[k]], env.brief[slot], env.e.cost, env.observation, env.scales, slot)
     q, b = env.e.req[env.v.run[k]], env.brief[slot]
-    _write_times(env, slot, b.first_due if q.generated == 0 else q.first_token + q.generated * b.tpot)
+    _write_times(env, slot, b.due if q.generated == 0 else q.first_token + q.generated * b.tpot)
 
 
 @njit
