@@ -30,6 +30,7 @@ def test_optima_are_found_again(part: int) -> None:
         assert made.value(replay(made, found.schedule)) == found.objective
 
 
+@pytest.mark.slow
 def test_no_bound_is_above() -> None:
     for made, optimum in SUITE:
         for name, value in bounds.lower_bounds(made).items():
