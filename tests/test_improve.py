@@ -16,7 +16,7 @@ from baselines.optimal.annealing import Search
 from baselines.optimal.improve import improve, incumbent
 from baselines.optimal.instance import ALLOWANCES, OBJECTIVES, Instance, mixed, unit_time
 from baselines.optimal.listing import Memory, Plan
-from llmsched_env import simulation
+from llmsched_env import scenarios, simulation
 from llmsched_env.errors import InputError
 
 _QUICK = settings(max_examples=40)
@@ -183,7 +183,7 @@ def test_tiny_instances_are_mostly_solved() -> None:
 
 @pytest.mark.slow
 def test_a_thousand_requests() -> None:
-    instance = Instance.of_scenario("stream", 0, num_requests=1000, allow=("chunk", "pause", "preempt"))
+    instance = Instance.of_scenario(scenarios.get("azure-code").replace(num_requests=1000), allow=["chunk"])
     first = incumbent(instance)
     found = improve(instance, time_limit_s=20)
     assert found.objective < first.objective

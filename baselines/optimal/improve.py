@@ -40,7 +40,7 @@ _NAMED = (  # else those that are good at one of the objectives
 )
 # Temperatures, as shares of the objective per request: what a move changes is about that. Completions are
 # many and shift by little, iterations saved are few and count whole.
-_HOT = {"total_latency": 0.01, "mean_ttft": 0.01, "gpu_time": 0.1, "makespan": 0.1, "slo_goodput": 0.1}
+_HOT = {"total_latency": 0.003, "mean_ttft": 0.003, "gpu_time": 0.1, "makespan": 0.1, "slo_goodput": 0.1}
 _COLD = 0.02  # of the hot one
 _MUCH_THE_SAME = 1.002  # what the search makes up for at once
 _ROUND = 2_000  # evaluations a request of an annealing, at most
