@@ -1,6 +1,7 @@
 """Threads that share the steps of many environments.
 
-The environments are taken block by block by whoever is free. The thread that steps works as well, so that a
+Each thread begins with blocks of its own, the same in every step, so that they stay in the caches of its
+processor, and then takes those that others have not come to. The thread that steps works as well, so that a
 helper which the system does not run, or which is still waking up, costs nothing; and a helper waits for the
 next step for some microseconds before it sleeps.
 """
@@ -26,8 +27,11 @@ intrinsic: Any = numba_intrinsic  # its annotations know nothing of the typing c
 
 BLOCK = 16  # environments that are taken at a time
 _PATIENCE = 2000  # looks at the work there is before a helper sleeps
-NEXT, TOTAL, DONE, EVENTS = 0, 8, 16, 24  # numbers of the state, a cache line each
-_STATE = 32
+# Numbers of the state, a cache line each: environments, threads, blocks that are done, events, and from NEXT
+# on for each thread how many of its own blocks are taken.
+_LINE = 8
+TOTAL, THREADS, DONE, EVENTS, NEXT = 0, _LINE, 2 * _LINE, 3 * _LINE, 4 * _LINE
+_CLOSED = 2**40
 
 
 def _address(builder: Any, signature: Any, context: Any, args: Any) -> Any:
@@ -81,15 +85,25 @@ def _pause(typing_context: Any) -> Any:
 
 
 @njit
-def claim(state, patience: int) -> int:  # type: ignore[no-untyped-def]
-    """The first environment of the block that this thread is to step, or -1 if there is none for so long."""
+def _blocks(total: int) -> int:
+    return (total + BLOCK - 1) // BLOCK
+
+
+@njit
+def claim(state, who: int, patience: int) -> int:  # type: ignore[no-untyped-def]
+    """The first environment of the block that thread `who` is to step, or -1 if there is none for so long."""
+    blocks, threads = _blocks(_read(state, TOTAL)), _read(state, THREADS)
     looks = 0
     while True:
-        total = _read(state, TOTAL)
-        if _read(state, NEXT) * BLOCK < total:
-            first = _add(state, NEXT, 1) * BLOCK
-            if first < total:
-                return first
+        for k in range(threads):
+            owner = (who + k) % threads
+            first = owner * blocks // threads
+            own = (owner + 1) * blocks // threads - first
+            at = NEXT + _LINE * owner
+            if _read(state, at) < own:
+                taken = _add(state, at, 1)
+                if taken < own:
+                    return (first + taken) * BLOCK
         looks += 1
         if looks > patience:
             return -1
@@ -105,18 +119,18 @@ def finish(state, events: int) -> None:  # type: ignore[no-untyped-def]
 
 
 @njit
-def _publish(state, total: int) -> None:  # type: ignore[no-untyped-def]
-    """There is work: so many environments."""
+def _publish(state) -> None:  # type: ignore[no-untyped-def]
+    """There is work."""
     _set(state, EVENTS, 0)
     _set(state, DONE, 0)
-    _set(state, TOTAL, total)
-    _set(state, NEXT, 0)
+    for k in range(_read(state, THREADS)):
+        _set(state, NEXT + _LINE * k, 0)
 
 
 @njit
 def _await(state) -> int:  # type: ignore[no-untyped-def]
     """Wait until all blocks are done; returns the events."""
-    blocks = (_read(state, TOTAL) + BLOCK - 1) // BLOCK
+    blocks = _blocks(_read(state, TOTAL))
     while _read(state, DONE) < blocks:
         _pause()
     return _read(state, EVENTS)
@@ -125,14 +139,19 @@ def _await(state) -> int:  # type: ignore[no-untyped-def]
 class Crew:
     """Helpers for the steps of one set of environments.
 
-    `share(state, *work, patience)` is compiled code that claims blocks and steps them until there are none.
+    `share(state, who, *work, patience)` is compiled code that claims blocks for thread `who` and steps them
+    until there are none.
     """
 
     def __init__(self, helpers: int, share: Callable[..., None], total: int, work: tuple[Any, ...]) -> None:
-        self._state: NDArray[np.int64] = np.zeros(_STATE + 8, np.int64)
-        self._state = self._state[-(self._state.ctypes.data // 8) % 8 :][:_STATE]  # on a cache line
-        self._share, self._total, self._work = share, total, work
-        self._state[NEXT] = 2**40  # nothing to do
+        size = NEXT + _LINE * (helpers + 1)
+        state: NDArray[np.int64] = np.zeros(size + _LINE, np.int64)
+        self._state = state = state[-(state.ctypes.data // 8) % _LINE :][:size]  # on a cache line
+        self._share, self._work = share, work
+        state[TOTAL], state[THREADS] = total, helpers + 1
+        self._taken = state[NEXT::_LINE]
+        self._own = np.diff(np.arange(helpers + 2) * _blocks(total) // (helpers + 1))
+        self._taken[:] = _CLOSED
         self._awake = [True] * helpers
         self._bells = [_thread.allocate_lock() for _ in range(helpers)]
         self._stopped = False
@@ -143,17 +162,17 @@ class Crew:
     def _help(self, i: int) -> None:
         """What a helper does. (Between compiled calls one thread runs at a time, so nothing is missed.)"""
         while not self._stopped:
-            self._share(self._state, *self._work, _PATIENCE)
+            self._share(self._state, i + 1, *self._work, _PATIENCE)
             self._awake[i] = False
-            if self._state[NEXT] * BLOCK >= self._total and not self._stopped:
+            if (self._taken >= self._own).all() and not self._stopped:
                 self._bells[i].acquire()
             self._awake[i] = True
 
     def step(self) -> int:
         """One step of all; returns the events."""
-        _publish(self._state, self._total)
+        _publish(self._state)
         self._ring()
-        self._share(self._state, *self._work, 0)
+        self._share(self._state, 0, *self._work, 0)
         return int(_await(self._state))
 
     def _ring(self) -> None:

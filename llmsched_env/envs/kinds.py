@@ -38,8 +38,8 @@ class Kind:
         step: compiled (table, actions, out, first, stop, max_steps) -> events: a step of the environments
             [first, stop), whose episodes are cut after `max_steps` steps (0: never); returns in how many an
             episode has ended or begun.
-        share: compiled (state, table, actions, out, max_steps, patience): steps of all environments, together
-            with other threads, see `crew`.
+        share: compiled (state, who, table, actions, out, max_steps, patience): steps of all environments,
+            together with other threads, see `crew`.
     """
 
     name: str
@@ -129,12 +129,12 @@ def _step_decision(table, actions, out, first: int, stop: int, max_steps: int) -
 
 
 @njit
-def _share_decision(state, table, actions, out, max_steps: int, patience: int) -> None:  # type: ignore[no-untyped-def]
-    first = claim(state, patience)
+def _share_decision(state, who: int, table, actions, out, max_steps: int, patience: int) -> None:  # type: ignore[no-untyped-def]
+    first = claim(state, who, patience)
     while first >= 0:
         stop = min(first + BLOCK, len(table))
         finish(state, _step_decision(table, actions, out, first, stop, max_steps))
-        first = claim(state, patience)
+        first = claim(state, who, patience)
 
 
 def _decisions(options: Options) -> spaces.Discrete:
@@ -167,12 +167,12 @@ def _step_batch(table, actions, out, first: int, stop: int, max_steps: int) -> i
 
 
 @njit
-def _share_batch(state, table, actions, out, max_steps: int, patience: int) -> None:  # type: ignore[no-untyped-def]
-    first = claim(state, patience)
+def _share_batch(state, who: int, table, actions, out, max_steps: int, patience: int) -> None:  # type: ignore[no-untyped-def]
+    first = claim(state, who, patience)
     while first >= 0:
         stop = min(first + BLOCK, len(table))
         finish(state, _step_batch(table, actions, out, first, stop, max_steps))
-        first = claim(state, patience)
+        first = claim(state, who, patience)
 
 
 def _batches(options: Options) -> spaces.MultiDiscrete:
@@ -205,12 +205,12 @@ def _step_dispatch(table, actions, out, first: int, stop: int, max_steps: int) -
 
 
 @njit
-def _share_dispatch(state, table, actions, out, max_steps: int, patience: int) -> None:  # type: ignore[no-untyped-def]
-    first = claim(state, patience)
+def _share_dispatch(state, who: int, table, actions, out, max_steps: int, patience: int) -> None:  # type: ignore[no-untyped-def]
+    first = claim(state, who, patience)
     while first >= 0:
         stop = min(first + BLOCK, len(table))
         finish(state, _step_dispatch(table, actions, out, first, stop, max_steps))
-        first = claim(state, patience)
+        first = claim(state, who, patience)
 
 
 def _dispatches(options: Options) -> spaces.MultiDiscrete:
