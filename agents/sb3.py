@@ -44,6 +44,7 @@ class SB3VecEnv(VecEnv):
     Attributes:
         venv: the vector environment.
         monitor: as given.
+        dt: (num_envs,) float64: `info["dt"]` of the last step; the next writes over it.
     """
 
     def __init__(self, venv: VectorEnv[Any, Any, Any], *, monitor: bool = True) -> None:
@@ -70,6 +71,7 @@ class SB3VecEnv(VecEnv):
         self._nothing = [_NOTHING] * self.num_envs
         self._views = not getattr(venv.unwrapped, "copy", True)  # each step writes over the last
         self._actions: Any = None
+        self.dt: NDArray[np.float64] = np.zeros(self.num_envs)
         self._returns = np.zeros(self.num_envs)
         self._lengths = np.zeros(self.num_envs, np.int64)
         self._start = time.time()
@@ -117,6 +119,7 @@ class SB3VecEnv(VecEnv):
     def step_wait(self) -> tuple[Any, NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Take the step; what it returns stays as it is."""
         seen, rewards, terminated, truncated, info = self.venv.step(self._actions)
+        self.dt = info.get("dt", self.dt)
         done: NDArray[np.bool_] = np.logical_or(terminated, truncated)
         if self.monitor:
             self._returns += rewards

@@ -7,7 +7,11 @@ distribution, computed once:
 
     model = MaskablePPO(MaskablePolicy, env)
 
-They take observations of all forms; action spaces that are not Discrete are left to SB3.
+They take observations of all forms; action spaces that are not Discrete are left to SB3. `NetPolicy` (for
+MaskablePPO) has the networks of `agents.networks` in place of SB3's:
+
+    spec = Spec.of(env, "pointer")
+    model = MaskablePPO(NetPolicy, SB3VecEnv(env), policy_kwargs={"spec": spec})
 """
 
 from __future__ import annotations
@@ -16,6 +20,9 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
+
+from agents.networks import Spec, build
+from llmsched_env.errors import InputError
 
 try:
     from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution
@@ -137,3 +144,61 @@ class MaskablePolicy(MaskableActorCriticPolicy):
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
         if isinstance(action_space, spaces.Discrete):
             self.action_dist = QuickCategorical(int(action_space.n))
+
+
+class NetPolicy(MaskablePolicy):
+    """A policy with one of the networks of `agents.networks`, for flat observations.
+
+    Attributes:
+        net: the network, (n, D) -> logits (n, A), values (n,).
+    """
+
+    def __init__(
+        self, observation_space: Any, action_space: Any, lr_schedule: Any, *, spec: Spec, **kwargs: Any
+    ) -> None:
+        """
+        Args:
+            spec: the network, or its fields as a dict.
+
+        Raises:
+            InputError: a network that does not fit the spaces.
+        """
+        self.spec = spec if isinstance(spec, Spec) else Spec(**spec)
+        parts = [action_space.n] if isinstance(action_space, spaces.Discrete) else action_space.nvec
+        if observation_space.shape != (self.spec.num_features,) or sum(parts) != self.spec.num_logits:
+            raise InputError(
+                f"the network reads {self.spec.num_features} numbers and has {self.spec.num_logits} actions, "
+                f"unlike the environment, {observation_space} and {action_space}"
+            )
+        super().__init__(observation_space, action_space, lr_schedule, **kwargs)
+
+    def _build(self, lr_schedule: Any) -> None:
+        self.net = build(self.spec)
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {**super()._get_constructor_parameters(), "spec": self.spec}
+
+    def _distribution(self, logits: th.Tensor, masks: Any) -> Any:
+        distribution = self.action_dist.proba_distribution(logits)
+        distribution.apply_masking(masks)
+        return distribution
+
+    def forward(self, obs: Any, deterministic: bool = False, action_masks: Any = None) -> Any:
+        logits, values = self.net(obs)
+        distribution = self._distribution(logits, action_masks)
+        actions = distribution.get_actions(deterministic=deterministic)
+        log_prob = distribution.log_prob(actions)
+        return actions.reshape(-1, *self.action_space.shape), values[:, None], log_prob
+
+    def evaluate_actions(self, obs: Any, actions: th.Tensor, action_masks: Any = None) -> Any:
+        logits, values = self.net(obs)
+        distribution = self._distribution(logits, action_masks)
+        return values[:, None], distribution.log_prob(actions), distribution.entropy()
+
+    def get_distribution(self, obs: Any, action_masks: Any = None) -> Any:
+        return self._distribution(self.net(obs)[0], action_masks)
+
+    def predict_values(self, obs: Any) -> th.Tensor:
+        values: th.Tensor = self.net(obs)[1][:, None]
+        return values

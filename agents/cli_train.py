@@ -1,0 +1,162 @@
+"""`llmsched train` and `llmsched watch`: train an agent, and see what it does."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from agents.cli import _pairs, _value, app
+
+
+@app.command()
+def train(
+    scenario: Annotated[
+        str | None, typer.Option(help="its name or YAML file; the preset for it is used if there is one")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of a configuration, see `agents.config.Config`")
+    ] = None,
+    env: Annotated[str | None, typer.Option(help="llmsched/Decision-v0, Batch-v0 or Dispatch-v0")] = None,
+    algo: Annotated[str | None, typer.Option(help="maskable-ppo or ppo")] = None,
+    steps: Annotated[int | None, typer.Option(help="decisions in all")] = None,
+    seed: Annotated[int | None, typer.Option(help="of all that is random")] = None,
+    run: Annotated[Path | None, typer.Option(help="folder of the run; default: runs/SCENARIO-SEED")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the run in that folder")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="any other setting of the configuration, option of the environment or setting of the "
+            "scenario; repeatable",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end")] = False,
+) -> int:
+    """Train an agent. Stop it at any moment (Ctrl-C); --resume goes on as if it had not been stopped."""
+    from agents import training
+    from agents.config import Config
+    from agents.runs import Run
+    from llmsched_env.errors import InputError
+
+    given = {"scenario": scenario, "env": env, "algo": algo, "steps": steps, "seed": seed}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    changes |= {name: _value(value) for name, value in _pairs("--set", settings)}
+    if resume:
+        if run is None:
+            raise InputError("say which run to go on with: --run DIR --resume")
+        if changes or config is not None:
+            raise InputError(
+                f"a run goes on as it began ({run / 'config.yaml'}); leave out "
+                f"{', '.join([*changes, *(['config'] if config else [])])}, or begin another one"
+            )
+        settled, folder = Run.open(run).config, run
+    else:
+        if config is not None:
+            settled = Config.from_yaml(config)
+        else:
+            settled = Config.of_scenario(changes.pop("scenario", "toy"))
+        settled = settled.replace(**changes)
+        folder = run or Path("runs") / f"{Path(settled.scenario).stem}-{settled.seed}"
+    if not as_json:
+        print(f"{folder}: {settled.steps:,} decisions of {settled.scenario} in {settled.env}", flush=True)
+    with _bar(settled, as_json) as show:
+        try:
+            done = (
+                training.resume(folder, progress=show)
+                if resume
+                else training.train(settled, folder, progress=show)
+            )
+        except training.Diverged as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    last = done.read_rows("validation")[-1]
+    summary = {
+        "run": str(folder),
+        "agent": str(folder / "agent"),
+        "steps": int(last["steps"]),
+        "metric": settled.metric,
+        **{name: float(last[name]) for name in (settled.metric, "vllm_v1", "gain")},
+    }
+    if as_json:
+        print(json.dumps(summary))
+    else:
+        print(
+            f"{summary['metric']} on validation episodes: {summary[settled.metric]:.4g}, vLLM V1 "
+            f"{summary['vllm_v1']:.4g} ({100 * float(summary['gain']):+.1f} % better)"  # type: ignore[arg-type]
+        )
+        print(f"compare: llmsched evaluate --policy vllm-v1 --policy {folder} --scenario {settled.scenario}")
+        print(f"look:    tensorboard --logdir {folder}; llmsched watch {folder}")
+    return 0
+
+
+class _bar:
+    """A progress bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, config: Any, quiet: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        console = Console(stderr=True)
+        self._terminal = console.is_terminal and not quiet
+        self._quiet, self._told, self._name = quiet, 0.0, config.metric
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[said]}"))
+        self._bar = Progress(*columns, console=console, disable=not self._terminal)
+        self._task = self._bar.add_task("training", total=config.updates * config.rollout, said="")
+
+    def __enter__(self) -> Any:
+        self._bar.start()
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _show(self, now: Any) -> None:
+        said = f"{now.steps:,} decisions, {now.rate:,.0f}/s, {_minutes(now.left_s)} left"
+        if not math.isnan(now.metric):
+            said += f", {self._name} {now.metric:.4g}"
+        if not math.isnan(now.validated):
+            said += f", best validated {now.validated:.4g} (vLLM V1 {now.baseline:.4g})"
+        if self._terminal:
+            self._bar.update(self._task, completed=now.steps, said=said)
+        elif not self._quiet and now.steps / now.total >= self._told:
+            self._told = now.steps / now.total + 0.1
+            print(said, file=sys.stderr, flush=True)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds // 60)}:{int(seconds % 60):02d}"
+
+
+@app.command()
+def watch(
+    run: Annotated[Path, typer.Argument(help="folder of a run or of an agent, or pretrained:NAME")],
+    output: Annotated[
+        Path | None, typer.Option(help="FILE.mp4, FILE.gif or FILE.png (the end); default: RUN/episode.mp4")
+    ] = None,
+    scenario: Annotated[str | None, typer.Option(help="another than it was trained on")] = None,
+    seed: Annotated[int, typer.Option(help="of the episode")] = 1_000_000,
+    most_frames: Annotated[int, typer.Option(help="pictures at most, spread evenly over the episode")] = 300,
+    fps: Annotated[int, typer.Option(help="pictures a second")] = 15,
+) -> None:
+    """Draw an episode as an agent plays it."""
+    from agents.agent import Agent
+    from agents.watching import record
+
+    name = str(run)
+    agent = (
+        Agent.pretrained(name.removeprefix("pretrained:"))
+        if name.startswith("pretrained:")
+        else Agent.load(run)
+    )
+    path = output or (Path("episode.mp4") if name.startswith("pretrained:") else run / "episode.mp4")
+    metrics = record(agent, path, scenario=scenario, seed=seed, most_frames=most_frames, fps=fps)
+    print(
+        f"{path}: "
+        + ", ".join(f"{key} {metrics[key]:.4g}" for key in ("latency_s", "goodput", "preemptions"))
+    )

@@ -1,0 +1,143 @@
+"""A warm start: a network first learns to decide as a scheduler or an optimal schedule does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from numpy.typing import NDArray
+
+import baselines
+from agents.sb3_policies import NetPolicy
+from llmsched_env.errors import InputError
+
+_WORTH = 0.5  # weight of the error in the value beside that in the actions
+_RATE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstrations:
+    """What a teacher did, step by step.
+
+    Attributes:
+        seen: (n, D) float32. masks: (n, A) bool. actions: (n,) int64, or (n, entries).
+        returns: (n,) float32: discounted rewards from there to the end of the episode.
+    """
+
+    seen: NDArray[np.float32]
+    masks: NDArray[np.bool_]
+    actions: NDArray[np.int64]
+    returns: NDArray[np.float32]
+
+
+def demonstrate(
+    teacher: str,
+    env_id: str,
+    scenario: str,
+    num_episodes: int,
+    *,
+    seed: int,
+    discount_rate: float = 0.0,
+    scale: Callable[[NDArray[np.int64]], NDArray[np.float64]] | None = None,
+    **options: Any,
+) -> Demonstrations:
+    """Let a teacher play episodes.
+
+    Args:
+        teacher: a scheduler's name, or "optimum": the best schedule that `baselines.optimal` finds.
+        env_id, scenario, options: of the environment; flat observations.
+        seed: of the first episode. discount_rate: 1/s. scale: divides rewards, as in `SchedulingPPO`.
+
+    Raises:
+        InputError: an unknown teacher, or one that these actions cannot follow.
+    """
+    play = _play_optimum if teacher == "optimum" else _play_scheduler
+    keywords = {"scenario": scenario, "observation": "flat", "discount_rate": discount_rate, **options}
+    seen, masks, actions, rewards, dt, lane, seeds = play(teacher, env_id, num_episodes, seed, keywords)
+    scales = np.ones(num_episodes) if scale is None else scale(seeds)
+    returns = np.zeros(len(rewards), np.float32)
+    after = np.zeros(num_episodes)
+    for t in range(len(rewards) - 1, -1, -1):
+        i = lane[t]
+        after[i] = rewards[t] / scales[i] + np.exp(-discount_rate * dt[t]) * after[i]
+        returns[t] = after[i]
+    return Demonstrations(seen, masks, actions, returns)
+
+
+def _play_scheduler(teacher: str, env_id: str, num_episodes: int, seed: int, keywords: dict[str, Any]) -> Any:
+    """All episodes at once; the steps of an episode in order."""
+    env: Any = gym.make_vec(
+        env_id, num_episodes, vectorization_mode="vector_entry_point", autoreset_mode="disabled", **keywords
+    ).unwrapped
+    expert = baselines.expert(teacher)
+    seen, _ = env.reset(seed=[seed + i for i in range(num_episodes)])
+    seeds = env.episode_seeds.copy()
+    over = np.zeros(num_episodes, np.bool_)
+    steps: list[tuple[Any, ...]] = []
+    while not over.all():
+        here, masks = np.flatnonzero(~over), env.action_masks()
+        actions = np.asarray(expert(env))
+        now = seen[here].copy(), masks[here].copy(), actions[here].copy()
+        seen, rewards, terminated, truncated, info = env.step(actions)
+        steps.append((*now, rewards[here].copy(), info["dt"][here].copy(), here))
+        over |= terminated | truncated
+    env.close()
+    return (*(np.concatenate(parts) for parts in zip(*steps, strict=True)), seeds)
+
+
+def _play_optimum(teacher: str, env_id: str, num_episodes: int, seed: int, keywords: dict[str, Any]) -> Any:
+    """One episode after the other, each as its best known schedule has it."""
+    from baselines import optimal
+
+    env: Any = gym.make(env_id, **keywords).unwrapped
+    steps: list[tuple[Any, ...]] = []
+    seeds = np.zeros(num_episodes, np.int64)
+    for i in range(num_episodes):
+        instance = optimal.Instance.of_scenario(env.problem.scenario, seed + i)
+        best = optimal.solve(instance, time_limit_s=20)
+        if best.schedule is None:
+            raise InputError(
+                f"no schedule of episode {i} was found to teach; take a scheduler as the teacher"
+            )
+        expert, over = baselines.expert(best), False
+        seen, _ = env.reset(seed=seed + i)
+        seeds[i] = env.episode_seed
+        while not over:
+            mask, action = env.action_masks().copy(), expert(env)
+            now = seen.copy(), mask, np.asarray(action)
+            seen, reward, terminated, truncated, info = env.step(action)
+            over = terminated or truncated
+            steps.append((*now, reward, info["dt"], i))
+    env.close()
+    return (*(np.stack(parts) for parts in zip(*steps, strict=True)), seeds)
+
+
+def imitate(policy: NetPolicy, shown: Demonstrations, *, epochs: int, batch_size: int, seed: int) -> float:
+    """Teach a policy; returns the share of actions that it chooses as its teacher did, at the end."""
+    rng = np.random.default_rng(seed)
+    optimizer = th.optim.Adam(policy.parameters(), lr=_RATE)
+    seen, actions = th.as_tensor(shown.seen), th.as_tensor(shown.actions)
+    returns = th.as_tensor(shown.returns)
+    spread = float(returns.std()) + 1e-6  # errors of the value count in units of it
+    n = len(seen)
+    policy.set_training_mode(True)
+    for _ in range(epochs):
+        order = rng.permutation(n)
+        for at in range(0, n, batch_size):
+            rows = order[at : at + batch_size]
+            values, log_prob, _ = policy.evaluate_actions(seen[rows], actions[rows], shown.masks[rows])
+            worth = ((values[:, 0] - returns[rows]) / spread).square().mean()
+            loss = -log_prob.mean() + _WORTH * worth
+            optimizer.zero_grad()
+            loss.backward()
+            th.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
+            optimizer.step()
+    policy.set_training_mode(False)
+    with th.no_grad():
+        chosen = policy.get_distribution(seen, shown.masks).mode()
+    same = (chosen.view(actions.shape) == actions).view(n, -1).all(1)
+    return float(same.float().mean())
