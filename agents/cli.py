@@ -738,3 +738,6 @@ def _print_table(title: str, columns: Sequence[str], rows: Any) -> None:
     for row in rows:
         table.add_row(*map(escape, row))
     _print(table)
+
+
+import agents.cli_evaluate  # noqa: E402, F401  (adds its command)

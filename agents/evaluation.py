@@ -11,10 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 import baselines
-import llmsched_env.envs  # noqa: F401  (registers the ids)
-from llmsched_env.errors import InputError
+from llmsched_env.envs import IDS
+from llmsched_env.errors import InputError, unknown
 
-FIRST_SEED = 1_000_000  # training that begins with small seeds does not see the episodes from here on
+# Training that begins with small seeds sees none of the episodes that are reported, from here on, ...
+FIRST_SEED = 1_000_000
+# ... nor of those by which the best state of a training is chosen, which are others still.
+VALIDATION_SEED = 2_000_000
+MOST_STEPS = 100_000  # of an episode: a bad policy can preempt for ever
 
 
 def evaluate(
@@ -24,7 +28,7 @@ def evaluate(
     num_episodes: int = 32,
     seed: int = FIRST_SEED,
     prepare: Callable[[Any], Any] | None = None,
-    max_episode_steps: int | None = 100_000,
+    max_episode_steps: int | None = MOST_STEPS,
     **options: Any,
 ) -> dict[str, NDArray[Any]]:
     """What a policy achieves; policies that are given the same seed and options serve the same requests.
@@ -52,7 +56,24 @@ def evaluate(
         policy = baselines.expert(policy)
     if not callable(policy) and not hasattr(policy, "predict"):
         raise InputError(f"a policy is a scheduler's name, an expert, a model or a function, not {policy!r}")
-    env: Any = gym.make_vec(
+    env = make(env_id, num_episodes, max_episode_steps=max_episode_steps, **options)
+    try:
+        return play(policy, env, seed, prepare)
+    finally:
+        env.close()
+
+
+def make(
+    env_id: str, num_episodes: int, *, max_episode_steps: int | None = MOST_STEPS, **options: Any
+) -> Any:
+    """A vector environment in which `play` plays an episode in each of its environments.
+
+    Raises:
+        InputError: an unknown id, with the nearest match, or options that do not fit.
+    """
+    if env_id not in IDS:
+        raise unknown("environment", env_id, IDS)
+    return gym.make_vec(
         env_id,
         num_episodes,
         vectorization_mode="vector_entry_point",
@@ -60,9 +81,19 @@ def evaluate(
         max_episode_steps=max_episode_steps,
         **options,
     )
+
+
+def play(
+    policy: Any, env: Any, seed: int = FIRST_SEED, prepare: Callable[[Any], Any] | None = None
+) -> dict[str, NDArray[Any]]:
+    """The metrics of the first episodes after `env.reset(seed=seed)`; the rest is as in `evaluate`.
+
+    Args:
+        env: of `make`.
+    """
     act = _actor(policy, env.unwrapped, prepare)
     seen, _ = env.reset(seed=seed)
-    over = np.zeros(num_episodes, np.bool_)
+    over = np.zeros(env.num_envs, np.bool_)
     metrics: dict[str, NDArray[Any]] = {}
     while not over.all():
         actions = np.asarray(act(seen))
@@ -77,8 +108,27 @@ def evaluate(
             for name, values in info["metrics"].items():
                 if not name.startswith("_"):
                     metrics.setdefault(name, np.zeros_like(values))[ended] = values[ended]
-    env.close()
     return metrics
+
+
+def random_policy(space: gym.Space[Any], seed: int = 0) -> Callable[[Any, NDArray[np.bool_]], NDArray[Any]]:
+    """A policy that takes any legal action, each as likely as another.
+
+    Args:
+        space: the actions of one environment, Discrete or MultiDiscrete; of the latter each entry is drawn on
+            its own.
+        seed: of the lots.
+    """
+    rng = np.random.default_rng(seed)
+    parts = [int(space.n)] if isinstance(space, gym.spaces.Discrete) else space.nvec.tolist()  # type: ignore[attr-defined]
+    stops = np.cumsum(parts)[:-1]
+
+    def policy(seen: Any, masks: NDArray[np.bool_]) -> NDArray[Any]:
+        lots = np.where(masks, rng.random(masks.shape), -1.0)
+        drawn = [part.argmax(axis=1) for part in np.split(lots, stops, axis=1)]
+        return np.stack(drawn, axis=1) if space.shape else drawn[0]
+
+    return policy
 
 
 def _actor(policy: Any, env: Any, prepare: Callable[[Any], Any] | None) -> Callable[[Any], Any]:
