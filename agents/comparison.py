@@ -222,13 +222,15 @@ class Comparison:
         e = self.episodes
         scored = any(not math.isnan(row.score.value) for row in self.rows)
         trained = any(row.trainings > 1 for row in self.rows)
+        few = any(1 < row.trainings < 5 for row in self.rows)
         better = "larger" if METRICS[self.metric].larger else "smaller"
         view = Table(
             title=f"{e.scenario.name}: {self._what}, {better} is better; {len(e)} episodes of "
             f"{e.problem.num_requests} requests from seed {e.seeds.start}, "
             f"{100 * self.bootstrap.level:g} % intervals",
             caption=f"better than {self.baseline}: by trace, positive is better; *: the interval holds no 0"
-            + "; score: 0 is vLLM V1, 1 the best known" * scored,
+            + "; score: 0 is vLLM V1, 1 the best known" * scored
+            + "; intervals of fewer than 5 trainings are too narrow" * few,
             title_justify="left",
             caption_justify="left",
         )
@@ -379,8 +381,8 @@ def compare(
         bootstrap: how intervals are made.
         progress: called with the number of trainings that have played, after each.
         options: settings of the scenario, such as load=0.9, which hold for all; and options of the
-            environment, for policies that have none of their own, and for schedulers `length_info`, as which
-            they are told of lengths.
+            environment, for policies that have none of their own: but for schedulers `length_info`, what
+            they are told of lengths, and for all `max_steps`, after which those who act are cut.
 
     Raises:
         InputError: what is no policy, two of a label, an unknown scenario, metric, baseline or option, or

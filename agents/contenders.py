@@ -176,8 +176,9 @@ class Played:
     def play(self, episodes: Episodes) -> Metrics:
         if not (hasattr(self.policy, "env_id") and hasattr(self.policy, "env_options")):
             return episodes.play(self.policy)
-        # What it sees and may do is its own; the scenario is that of the comparison, and nobody is cut short.
-        own = {k: v for k, v in self.policy.env_options.items() if k in NAMES and k != "max_steps"}
+        # What it sees and may do is its own; the scenario and when an episode is cut are the comparison's.
+        own = {k: v for k, v in self.policy.env_options.items() if k in NAMES}
+        own["max_steps"] = episodes.options.get("max_steps")
         return episodes.play(self.policy, self.policy.env_id, own)
 
 
@@ -292,7 +293,7 @@ def resolve(spec: Any, label: str = "") -> Policy:
 def _named(text: str) -> tuple[Member, ...]:
     if text in baselines.names():
         return (Scheduled(baselines.get(text)),)
-    if text in ("random", "random-feasible"):
+    if text == "random":
         return (_Chance(),)
     word, _, seconds = text.partition(":")
     if word == "optimum":
@@ -308,7 +309,10 @@ def _named(text: str) -> tuple[Member, ...]:
     parts = [text] if Path(text).exists() else [part.strip() for part in text.split(",")]
     agents = [agent for part in parts for agent in _agents(part)]
     if untrained:
-        agents = [agent.untrained(i) for i, agent in enumerate(agents)]
+        try:
+            agents = [agent.untrained(i) for i, agent in enumerate(agents)]
+        except ImportError:
+            raise InputError('fresh weights need PyTorch; pip install "llmsched-env[train]"') from None
     return tuple(Played(agent) for agent in agents)
 
 

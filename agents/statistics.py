@@ -8,8 +8,10 @@ that a policy did not get through. Each statistic takes arrays (..., S, T), so t
 at once.
 
 Traces are drawn once for all policies of a resample, so that what is compared stays paired, and the trainings
-of each policy on their own. The intervals are percentiles; with n trainings or traces they are too narrow by
-a factor of sqrt(1 - 1/n), about: mind that with fewer than five.
+of each policy on their own; one fewer than there are, which gives their means the right variance (Rao and Wu,
+1988). The intervals are percentiles. Where trainings differ as much as traces do, those of 95 % hold the true
+mean in 82 % of all cases with 3 trainings, 91 % with 5 and 93 % with 10, of 32 traces each
+(`tests/test_statistics.py`). The interval of a single training says nothing of others.
 """
 
 from __future__ import annotations
@@ -95,11 +97,16 @@ class Bootstrap:
         some = max(1, _AT_ONCE // largest)
         for first in range(0, self.repeats, some):
             n = min(some, self.repeats - first)
-            columns = of_traces.integers(traces, size=(n, 1, traces))
+            columns = of_traces.integers(traces, size=(n, 1, _fewer(traces)))
             yield [
-                a[rng.integers(len(a), size=(n, len(a), 1)), columns]
+                a[rng.integers(len(a), size=(n, _fewer(len(a)), 1)), columns]
                 for a, rng in zip(arrays, of_each, strict=True)
             ]
+
+
+def _fewer(n: int) -> int:
+    """How many of n are drawn: the mean of n draws would vary less than that of n, by a factor of 1 - 1/n."""
+    return max(1, n - 1)
 
 
 # ---------------------------------------------------------------------- of one policy

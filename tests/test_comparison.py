@@ -184,6 +184,17 @@ def test_an_improvement_is_positive(metric: str) -> None:
     assert found.rows[0].mean.value == pytest.approx(a)
 
 
+def test_differences_are_to_the_baseline() -> None:
+    keywords: dict[str, Any] = {"num_episodes": 4, "num_requests": 30, "bootstrap": QUICK}
+    default = compare(["srf", "sarathi"], "azure-conv", **keywords)
+    chosen = compare(["srf", "sarathi"], "azure-conv", baseline="sarathi", **keywords)
+    assert (default.baseline, chosen.baseline) == ("srf", "sarathi")
+    way = (default.values("srf") - default.values("sarathi")).mean()  # seconds that sarathi saves
+    assert default.rows[1].difference.value == pytest.approx(way) and default.rows[0].difference.value == 0
+    assert chosen.rows[0].difference.value == pytest.approx(-way) and chosen.rows[1].difference.value == 0
+    assert default.rows[0].improvement == chosen.rows[0].improvement  # which is over vLLM V1 in either
+
+
 def test_unfinished_episodes_are_told() -> None:
     """A policy that is cut looks quick, as it has only been in the system for so long."""
     found = compare(
