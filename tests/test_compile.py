@@ -36,3 +36,16 @@ def test_the_next_process_finds_what_was_compiled(tmp_path):
 def test_a_home_that_cannot_be_written(tmp_path):
     folder, _ = probe(HOME=os.devnull, TMPDIR=str(tmp_path))
     assert folder.is_relative_to(tmp_path)
+
+
+def test_an_edited_callee_is_compiled_anew(tmp_path):
+    head = "from llmsched_env.core.compile import njit\n"
+    (tmp_path / "caller.py").write_text(
+        f"{head}from callee import one\n@njit\ndef two():\n    return 2 * one()\nprint(two())\n"
+    )
+    for value in (1, 5):
+        (tmp_path / "callee.py").write_text(f"{head}@njit\ndef one():\n    return {value}\n")
+        environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, str(tmp_path / "caller.py")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        assert int(done.stdout) == 2 * value

@@ -19,7 +19,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _numba: Any = numba.config
 _PACKAGE = Path(__file__).resolve().parents[1]
-_KEPT = 6  # caches of as many versions of the package stay on disk
+_CORE = (_PACKAGE / "core", _PACKAGE / "scheduling")
+_ENVS = _PACKAGE / "envs"
+_KEPT = 8  # caches of as many versions of such folders stay on disk
 
 
 @overload
@@ -46,17 +48,19 @@ def njit(function: F | None = None, **options: Any) -> F | Callable[[F], F]:
     return decorate if function is None else decorate(function)
 
 
-_CORE = ("core", "scheduling")
-
-
-def _sources(f: Callable[..., Any]) -> tuple[str, ...]:
-    """The folders of the package whose compiled functions `f` may call: imports point one way."""
-    return (*_CORE, "envs") if f.__module__.startswith("llmsched_env.envs") else _CORE
+def _sources(f: Callable[..., Any]) -> tuple[Path, ...]:
+    """The folders whose compiled functions `f` may call: within the package imports point one way; others may
+    call all of it and what lies beside them."""
+    if f.__module__.startswith("llmsched_env.envs"):
+        return (*_CORE, _ENVS)
+    if f.__module__.startswith("llmsched_env."):
+        return _CORE
+    return (*_CORE, _ENVS, Path(f.__code__.co_filename).resolve().parent)
 
 
 @cache
-def cache_dir(sources: tuple[str, ...] = _CORE) -> Path:
-    """The folder of the compiled functions of this version of these folders of the package.
+def cache_dir(sources: tuple[Path, ...] = _CORE) -> Path:
+    """The folder of the compiled functions of this version of these folders.
 
     Below $NUMBA_CACHE_DIR if that is set, else below the user's cache folder, else (not writable) below the
     folder for temporary files. The installed package itself may be read-only.
@@ -75,13 +79,13 @@ def cache_dir(sources: tuple[str, ...] = _CORE) -> Path:
     return folder
 
 
-def _fingerprint(sources: tuple[str, ...]) -> str:
+def _fingerprint(sources: tuple[Path, ...]) -> str:
     """Names the compiled sources and the compiler."""
     digest = hashlib.sha256()
     for part in (numba.__version__, platform.python_implementation(), sys.version, platform.machine()):
         digest.update(part.encode() + b"\0")
-    for path in sorted(p for folder in sources for p in (_PACKAGE / folder).rglob("*.py")):
-        digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in (path for folder in sources for path in sorted(folder.glob("*.py"))):
+        digest.update(f"{path.parent.name}/{path.name}".encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
