@@ -74,7 +74,7 @@ class Agent:
     def __call__(self, seen: Array, masks: NDArray[np.bool_]) -> NDArray[np.int64]:
         """The best legal actions, (n,) of Discrete actions, else (n, entries); seen (n, D), masks (n, A)."""
         logits, _ = self.forward(np.asarray(seen, np.float32))
-        logits = logits - _ILLEGAL * ~np.asarray(masks, np.bool_)
+        logits = np.where(np.asarray(masks, np.bool_), logits, -_ILLEGAL)
         if not self.entries:
             return logits.argmax(1)
         parts = np.split(logits, np.cumsum(self.entries)[:-1], axis=1)
@@ -231,7 +231,7 @@ class Agent:
         except OSError as error:
             raise InputError(f"cannot make {folder}: {error.strerror or error}") from None
         with writing(folder / _FILES[1]) as path, open(path, "wb") as file:
-            np.savez_compressed(file, **self.weights)  # type: ignore[arg-type]
+            np.savez_compressed(file, **self.weights)
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["weights"]
         with writing(folder / _FILES[0]) as path:

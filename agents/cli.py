@@ -741,3 +741,4 @@ def _print_table(title: str, columns: Sequence[str], rows: Any) -> None:
 
 
 import agents.cli_evaluate  # noqa: E402, F401  (adds its command)
+import agents.cli_train  # noqa: E402, F401

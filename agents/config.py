@@ -58,7 +58,9 @@ class Config:
             takes alone); inf: no discount.
         teacher: a scheduler's name, or "optimum" for small episodes: the network first learns to act as it
             does, in `teacher_episodes` episodes, `teacher_epochs` times; "": none.
-        segment: updates between checkpoints, at each of which all lanes begin new episodes.
+        segment: updates between checkpoints.
+        fresh: whether all lanes begin new episodes at each checkpoint, as they have to where they share traces;
+            let `n_steps` be those of some episodes then, else all are at their beginnings at the same time.
         validation_episodes: by which agents are chosen, at each checkpoint.
     """
 
@@ -94,6 +96,7 @@ class Config:
     teacher_episodes: int = 64
     teacher_epochs: int = 4
     segment: int = 10
+    fresh: bool = False
     validation_episodes: int = 32
 
     def __post_init__(self) -> None:
@@ -123,6 +126,10 @@ class Config:
         if self.num_envs % self.lanes_per_trace:
             raise InputError(
                 f"num_envs={self.num_envs} lanes cannot be shared out by {self.lanes_per_trace} to a trace"
+            )
+        if self.lanes_per_trace > 1 and not self.fresh:
+            raise InputError(
+                f"lanes_per_trace={self.lanes_per_trace} needs fresh=true: lanes soon drift apart"
             )
         try:
             pairs = tuple((float(share), float(load)) for share, load in self.curriculum)

@@ -69,7 +69,7 @@ class Spec:
         return general + waiting * self.waiting + running * self.running
 
     @staticmethod
-    def of(env: Any, kind: str = "pointer", **sizes: int) -> Spec:
+    def of(env: Any, kind: str = "pointer", **sizes: Any) -> Spec:
         """The network for an environment, scalar or vector, with flat observations.
 
         Raises:

@@ -16,7 +16,7 @@ Without masks (`use_masks=False`) it is PPO, for comparison.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numba
@@ -181,6 +181,12 @@ class SchedulingPPO(MaskablePPO):
         self._last_obs = env.reset()
         self._last_episode_starts = np.ones(env.num_envs, np.bool_)
         self._rescale(np.ones(env.num_envs, np.bool_))
+
+    def go_on(self, seen: Any, lanes: Mapping[str, NDArray[Any]]) -> None:
+        """Go on in the middle of episodes: what is seen, and `scales` and `starts` as they were."""
+        self._last_obs = seen.copy()
+        self._last_episode_starts = np.asarray(lanes["starts"], np.bool_)
+        self._scales = np.array(lanes["scales"], np.float64)
 
     def _rescale(self, begun: NDArray[np.bool_]) -> None:
         if self.scale is not None:

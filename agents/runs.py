@@ -5,7 +5,7 @@
     RUN/metrics.csv                a row for each update
     RUN/validation.csv             a row for each checkpoint
     RUN/tensorboard/               the same, and pictures
-    RUN/checkpoints/000001310720/  weights.npz, optimizer.npz, state.json: whole, or not there
+    RUN/checkpoints/000001310720/  weights, optimizer, lanes and state: whole, or not there
     RUN/agent/                     the best agent so far (`agents.agent`)
 
 Nothing in it is code, and nothing is unpickled.
@@ -35,6 +35,7 @@ from agents.config import Config
 from llmsched_env.errors import InputError
 from llmsched_env.files import require_writable_folder, writing
 
+_PARTS = ("weights", "optimizer", "lanes")
 Arrays = dict[str, NDArray[Any]]
 _KEPT = 2  # checkpoints: should the last be damaged, there is the one before
 
@@ -44,12 +45,13 @@ class Checkpoint:
     """Where a training stands between two updates.
 
     Attributes:
-        weights, optimizer: arrays by name.
+        weights, optimizer, lanes: arrays by name; lanes, of the environments, may be empty.
         state: numbers and strings: decisions and updates so far, best validation, ...
     """
 
     weights: Arrays
     optimizer: Arrays
+    lanes: Arrays
     state: dict[str, Any]
 
 
@@ -114,7 +116,8 @@ class Run:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             digests = {}
-            for name, arrays in (("weights", checkpoint.weights), ("optimizer", checkpoint.optimizer)):
+            for name in _PARTS:
+                arrays: Arrays = getattr(checkpoint, name)
                 path = temporary / f"{name}.npz"
                 with open(path, "wb") as file:
                     np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -197,12 +200,12 @@ class Run:
 def _read(path: Path) -> Checkpoint:
     state = json.loads((path / "state.json").read_text())
     found: list[Arrays] = []
-    for name in ("weights.npz", "optimizer.npz"):
+    for name in (f"{part}.npz" for part in _PARTS):
         if hashlib.sha256((path / name).read_bytes()).hexdigest() != state["sha256"][name]:
             raise ValueError(f"{name} is not as it was written")
         with open(path / name, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             found.append({key: arrays[key] for key in arrays.files})
-    return Checkpoint(found[0], found[1], state)
+    return Checkpoint(*found, state=state)
 
 
 def versions() -> dict[str, Any]:

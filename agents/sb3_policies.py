@@ -174,7 +174,8 @@ class NetPolicy(MaskablePolicy):
 
     def _build(self, lr_schedule: Any) -> None:
         self.net = build(self.spec)
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+        make: Any = self.optimizer_class
+        self.optimizer = make(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), "spec": self.spec}
@@ -189,7 +190,8 @@ class NetPolicy(MaskablePolicy):
         distribution = self._distribution(logits, action_masks)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
-        return actions.reshape(-1, *self.action_space.shape), values[:, None], log_prob
+        shape: Any = self.action_space.shape
+        return actions.reshape(-1, *shape), values[:, None], log_prob
 
     def evaluate_actions(self, obs: Any, actions: th.Tensor, action_masks: Any = None) -> Any:
         logits, values = self.net(obs)

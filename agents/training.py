@@ -1,8 +1,8 @@
 """Training an agent: `train(config, folder)`, and `resume(folder)` after whatever ended it.
 
-The training goes in segments. Each begins with fresh episodes and fresh random numbers that depend only on the
-seed and on the segment's number, and ends with a checkpoint: so a training that was killed and resumed is,
-weight by weight, the one that was not.
+The training goes in segments. Each begins with fresh random numbers that depend only on the seed and on the
+segment's number, and ends with a checkpoint that holds the network, its optimizer and the lanes: so a training
+that was killed and resumed is, weight by weight, the one that was not.
 """
 
 from __future__ import annotations
@@ -155,9 +155,12 @@ class Trainer:
             device="cpu",
         )
         self.model.set_logger(Logger(None, []))
+        self.policy: Any = self.model.policy
+        self.lanes: Any = self.env.venv.unwrapped
         self._costs = config.metric in COSTS
         self._best = self._baseline = math.nan
         self._updates = self._collapsed = 0
+        self._loaded: dict[str, Any] | None = None  # what the lanes were begun with last
 
     # ------------------------------------------------------------------ the course of it
 
@@ -202,7 +205,7 @@ class Trainer:
                 **self.options,
             )
             same = imitate(
-                self.model.policy,  # type: ignore[arg-type]
+                self.policy,
                 shown,
                 epochs=config.teacher_epochs,
                 batch_size=min(config.batch_size, 512),
@@ -216,8 +219,11 @@ class Trainer:
         """Some updates, a validation and a checkpoint."""
         config, model = self.config, self.model
         rng = self._seed(self._updates)
-        groups = config.num_envs // config.lanes_per_trace
-        model.begin(_SEEDS + rng.integers(_SEEDS, size=groups), self._load())
+        load = self._load()
+        if config.fresh or load != self._loaded:
+            groups = config.num_envs // config.lanes_per_trace
+            model.begin(_SEEDS + rng.integers(_SEEDS, size=groups), load)
+            self._loaded = load
         callback = ConvertCallback(None)
         callback.init_callback(model)
         for _ in range(min(config.segment, config.updates - self._updates)):
@@ -262,7 +268,7 @@ class Trainer:
 
     def _scale(self, seeds: NDArray[np.int64]) -> NDArray[np.float64]:
         """Mean latencies of vLLM V1 in these episodes, in the scenario's time scale."""
-        problem = self.env.venv.unwrapped.problem  # type: ignore[attr-defined]
+        problem = self.lanes.problem
         return np.array([_vllm_latency(problem, int(seed)) / problem.time_scale_s for seed in seeds])
 
     # ------------------------------------------------------------------ what is seen of it
@@ -328,7 +334,7 @@ class Trainer:
             **self.options,
         )
         value = float(found[config.metric].mean())
-        served = float(found["finished"].mean()) / self.env.venv.unwrapped.fleet.num_requests  # type: ignore[attr-defined]
+        served = float(found["finished"].mean()) / self.lanes.fleet.num_requests
         row = {"steps": self.model.num_timesteps, "served": served}
         row |= {name: float(found[name].mean()) for name in _EPISODE}
         row |= {"vllm_v1": self._baseline, "gain": self._gain(value)}
@@ -383,7 +389,7 @@ class Trainer:
             scenario=config.scenario,
             metric=config.metric,
             network=describe(self.spec),
-            weights=weights_of(self.model.policy.net),  # type: ignore[attr-defined]
+            weights=weights_of(self.policy.net),
             about={
                 "steps": self.model.num_timesteps,
                 "seed": config.seed,
@@ -408,7 +414,12 @@ class Trainer:
             "baseline": self._baseline,
             "collapsed": self._collapsed,
         }
-        return Checkpoint(weights_of(self.model.policy.net), arrays, state)  # type: ignore[attr-defined]
+        going = self._loaded is not None and not self.config.fresh
+        lanes = self.lanes.save_state() if going else {}
+        if going:
+            state["load"] = self._loaded
+            lanes["scales"], lanes["starts"] = self.model._scales, self.model._last_episode_starts
+        return Checkpoint(weights_of(self.policy.net), arrays, lanes, state)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         policy: Any = self.model.policy
@@ -425,6 +436,10 @@ class Trainer:
                 f"the checkpoint does not fit the network of config.yaml: {' '.join(str(error).split())}"
             ) from None
         said = checkpoint.state
+        if checkpoint.lanes:
+            self._loaded = said["load"]
+            self.model.begin([0] * self.config.num_envs, self._loaded)
+            self.model.go_on(self.lanes.load_state(checkpoint.lanes), checkpoint.lanes)
         self.model.num_timesteps, self._updates = int(said["steps"]), int(said["updates"])
         self._best = math.nan if said["best"] is None else float(said["best"])
         self._baseline, self._collapsed = float(said["baseline"]), int(said["collapsed"])

@@ -50,7 +50,7 @@ def record(
         frames, metrics = play(agent, scenario, seed, lambda step: False)
     else:
         # How long the episode is shows when it has been played; what is drawn does not change it.
-        steps = len(play(agent, scenario, seed, None)[1]["steps"])  # type: ignore[arg-type]
+        steps = len(play(agent, scenario, seed, None)[1]["steps"])
         every = max(1, -(-steps // most_frames))
         frames, metrics = play(agent, scenario, seed, lambda step: step % every == 0)
     _write(path, frames, fps)
@@ -70,7 +70,9 @@ def play(
         **{name: value for name, value in agent.env_options.items() if name != "max_steps"},
     ).unwrapped
     seen, info = env.reset(seed=seed)
-    frames, actions, over = [], [], False
+    frames: list[NDArray[np.uint8]] = []
+    actions: list[Any] = []
+    over = False
     while not over:
         if drawn is not None and drawn(len(actions)):
             frames.append(env.render())

@@ -203,7 +203,9 @@ def test_lanes_of_a_group_share_their_requests() -> None:
 def test_it_learns_as_sb3_has_it() -> None:
     env = lanes(num_envs=8)
     spec = dataclasses.asdict(Spec.of(env.venv))
-    model = SchedulingPPO(NetPolicy, env, n_steps=64, batch_size=256, policy_kwargs={"spec": spec}).learn(2048)
+    model = SchedulingPPO(NetPolicy, env, n_steps=64, batch_size=256, policy_kwargs={"spec": spec}).learn(
+        2048
+    )
     assert model.num_timesteps == 2048 and len(model.finished["latency_s"]) > 0
     assert model.shares.sum() == 2048
 
@@ -282,7 +284,14 @@ def test_a_run_leaves_what_it_did(whole: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [TINY, TINY.replace(teacher="vllm-v1", lanes_per_trace=4, reward_scale="trace")]
+    "config",
+    [
+        TINY,
+        TINY.replace(teacher="vllm-v1", lanes_per_trace=4, fresh=True),
+        TINY.replace(
+            reward_scale="trace", curriculum=((0.0, 0.5), (0.6, 1.0)), scenario="azure-conv", num_requests=12
+        ),
+    ],
 )
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, config: Config) -> None:
     unbroken = training.train(config, tmp_path / "unbroken").load()
@@ -300,7 +309,11 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, config: C
     assert {k: v for k, v in unbroken.state.items() if k != "sha256"} == {
         k: v for k, v in resumed.state.items() if k != "sha256"
     }
-    for mine, other in ((unbroken.weights, resumed.weights), (unbroken.optimizer, resumed.optimizer)):
+    for mine, other in (
+        (unbroken.weights, resumed.weights),
+        (unbroken.optimizer, resumed.optimizer),
+        (unbroken.lanes, resumed.lanes),
+    ):
         assert mine.keys() == other.keys()
         for name in mine:
             np.testing.assert_array_equal(mine[name], other[name])

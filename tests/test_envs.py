@@ -267,6 +267,31 @@ def test_a_copy_of_many_has_the_same_future(env_id: str) -> None:
     twin.close()
 
 
+def test_a_saved_state_has_the_same_future(env_id: str) -> None:
+    def make_many(**changes: Any) -> Any:
+        given = {"num_requests": 5, "scenario": "toy", "autoreset_mode": "same-step", **changes}
+        return gym.make_vec(env_id, 3, vectorization_mode="vector_entry_point", **given).unwrapped
+
+    many, twin = make_many(), make_many()
+    with pytest.raises(gym.error.ResetNeeded):
+        many.save_state()
+    many.reset(seed=1)
+    g = np.random.default_rng(0)
+    for _ in range(20):
+        many.step(actions(many, g))
+    state = many.save_state()
+    assert not any(array.dtype.hasobject for array in state.values())
+    assert_same(twin.load_state(state), many._observation())
+    for _ in range(200):  # over the ends of episodes, and into those drawn after
+        chosen = actions(many, g)
+        assert_same(many.step(chosen), twin.step(chosen))
+    with pytest.raises(InputError, match="does not fit"):
+        make_many(num_requests=4).load_state(state)
+    del state["generators"]
+    with pytest.raises(InputError, match="lacks the generators"):
+        twin.load_state(state)
+
+
 def test_videos_can_be_recorded(env_id: str, tmp_path: Any) -> None:
     pytest.importorskip("moviepy")
     with warnings.catch_warnings():

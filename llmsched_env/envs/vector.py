@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -349,6 +349,56 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
             mask, dt, there = mask.copy(), dt.copy(), there.copy()
         return {"action_mask": mask, "_action_mask": there, "dt": dt, "_dt": there}
 
+    def save_state(self) -> dict[str, NDArray[Any]]:
+        """All that the future depends on, as arrays by name; for `load_state` of another such environment.
+
+        Raises:
+            gymnasium.error.ResetNeeded: before the first reset.
+        """
+        if not self._begun:
+            raise gym.error.ResetNeeded("call reset before save_state")
+        found = {name: _bytes(array).copy() for name, array in self._state().items()}
+        found["generators"] = np.array([_words(self._rng(i)) for i in range(self.num_envs)], np.uint64)
+        found["generator_seeds"] = np.array([-1 if s is None else s for s in self._rng_seeds], np.int64)
+        return found
+
+    def _state(self) -> dict[str, NDArray[Any]]:
+        """The arrays that the future depends on."""
+        parts = ((self.fleet.bank, _OF_BANK), (self.fleet, _OF_FLEET), (self, _OF_ENV))
+        return {name: getattr(part, name) for part, names in parts for name in names}
+
+    def load_state(self, state: Mapping[str, NDArray[Any]]) -> Any:
+        """Go on from what `save_state` of an environment of the same problem, options and size gave; returns
+        what is seen.
+
+        Raises:
+            InputError: if it is of another kind of environment, or damaged; this one is as it was then.
+        """
+        here = {name: _bytes(array) for name, array in self._state().items()}
+        for name, array in here.items():
+            raw = state.get(name)
+            if raw is None or raw.shape != array.shape or raw.dtype != array.dtype:
+                has = "nothing" if raw is None else f"{raw.dtype} of shape {raw.shape}"
+                raise InputError(
+                    f"the saved state does not fit this environment: {name} is {has}, not {array.dtype} of "
+                    f"shape {array.shape}"
+                )
+        words, seeds = np.asarray(state.get("generators")), np.asarray(state.get("generator_seeds"))
+        if words.shape != (self.num_envs, 6) or seeds.shape != (self.num_envs,):
+            raise InputError("the saved state does not fit this environment: it lacks the generators")
+        for name, array in here.items():
+            array[...] = state[name]
+        self._rngs = [_generator(row) for row in words.tolist()]
+        self._rng_seeds = [None if seed < 0 else seed for seed in seeds.tolist()]
+        for seeds, known in (
+            (self.episode_seeds, self.fleet.references),
+            (self._next_seeds, self.fleet.next_references),
+        ):
+            for i, seed in enumerate(seeds.tolist()):
+                known[i] = self.problem.reference(seed if seed >= 0 else None)
+        self._begun = True
+        return self._observation()
+
     def action_masks(self) -> NDArray[np.bool_]:
         """Which actions are legal now, (num_envs, A) bool; all of an environment whose episode is over."""
         legal: NDArray[np.bool_] = self.fleet.bank.mask.view(np.bool_)
@@ -375,6 +425,44 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_crew": None}  # threads are made anew when they are needed
+
+
+# What the future depends on.
+_OF_BANK = ("s", "lane", "req", "lists", "bits", "work", "pool", "brief", "observation", "final", "mask")
+_OF_FLEET = ("alone", "alone_next")
+_OF_ENV = ("episode_seeds", "_next_seeds", "_out", "_flags")
+
+
+def _bytes(array: NDArray[Any]) -> NDArray[Any]:
+    """Records as bytes, which any array file can hold; a view."""
+    return array.view(np.uint8) if array.dtype.names else array
+
+
+_WORD = 2**64
+
+
+def _words(rng: np.random.Generator) -> list[int]:
+    """The state of a generator in words of 64 bits."""
+    said: Any = rng.bit_generator.state
+    state, increment = said["state"]["state"], said["state"]["inc"]
+    return [
+        *divmod(state, _WORD),
+        *divmod(increment, _WORD),
+        said["has_uint32"],
+        said["uinteger"],
+    ]
+
+
+def _generator(words: list[int]) -> np.random.Generator:
+    """The generator in this state."""
+    rng = np_random(0)[0]
+    rng.bit_generator.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": words[0] * _WORD + words[1], "inc": words[2] * _WORD + words[3]},
+        "has_uint32": words[4],
+        "uinteger": words[5],
+    }
+    return rng
 
 
 def _mode(mode: str | AutoresetMode) -> AutoresetMode:
