@@ -319,8 +319,8 @@ def test_the_order_of_the_toy_is_its_optimum() -> None:
 
 
 def test_pairs_are_exact_for_two_equal_requests_at_once() -> None:
-    """Both yield in every iteration, and each is in the way of the other; but for the first token."""
-    cost = {"form": "linear", "c0": 100, "c1": 0, "c2": 7, "c3": 0}
+    """Both yield in every iteration, and each is in the way of the other."""
+    cost = {"form": "linear", "c0": 100, "c1": 3, "c2": 7, "c3": 1}
     instance = Instance.of([[0, 5, 9]] * 2, 1000, 64, cost, allow=["pause", "idle"])
     assert lower_bounds(instance)["pairs"] == pytest.approx(optimum(instance))
 

@@ -315,30 +315,48 @@ def _interference(
     durations: Floats,
     row: Floats,
     recompute: bool,
-    most: int,
+    rate: float,
     work: Floats,
 ) -> float:
-    """The sum over pairs of the least that two requests cost each other, seconds; see `_pairs`."""
+    """The sum over pairs of the least that two requests cost each other, seconds; see `_pairs`.
+
+    Args:
+        rate: seconds for each iteration in which only one of the two yields a token.
+    """
     n = len(arrival)
-    least = np.full(n, row[0] / most)
+    # [at + i + k]: least of y tokens' work less y*rate, y up to k. All of a request's tokens are within the
+    # other's life (`whole`), or the work for the first one may lie before (`later`).
+    whole, later = np.zeros(output.sum() + n), np.zeros(output.sum() + n)
+    at = 0
     for i in range(n):
-        for j in range(1, output[i]):
-            least[i] = min(least[i], _token_work(row, prompt[i], j, recompute))
-    total, at = 0.0, 0
+        full, part = 0.0, 0.0
+        for k in range(1, output[i] + 1):
+            own = _token_work(row, prompt[i], k - 1, recompute)
+            full += own - rate
+            part += (own if k > 1 else 0.0) - rate
+            whole[at + k] = min(whole[at + k - 1], full)
+            later[at + k] = min(later[at + k - 1], part)
+        at += output[i] + 1
+    total, begin, at = 0.0, 0, 0
     for i in range(n):
         # The tokens that i can have begun before q arrives, and what they leave.
         begun, clock, rest = 0, 0.0, work[i]
+        at_q = at + output[i] + 1
         for q in range(i + 1, n):
             while begun < output[i] and clock < arrival[q] - arrival[i]:
                 rest -= _token_work(row, prompt[i], begun, recompute)
-                clock += durations[at + begun]
+                clock += durations[begin + begun]
                 begun += 1
             if begun == output[i]:
                 break
-            total += min(
-                work[q] + (output[q] - 1) * least[i], max(0.0, rest) + (output[i] - begun - 1) * least[q]
-            )
-        at += output[i]
+            left = output[i] - begun
+            i_first = max(0.0, rest) + rate * left + whole[at_q + min(left, output[q])]
+            mine = whole if arrival[q] == arrival[i] else later
+            q_first = work[q] + rate * output[q] + mine[at + min(output[i], output[q])]
+            total += min(i_first, q_first)
+            at_q += output[q] + 1
+        begin += output[i]
+        at += output[i] + 1
     return total
 
 
@@ -453,13 +471,17 @@ def _pairs(need: _Need) -> float:
 
         F_i >= c0*O_i + W(L) + c0*x.
 
-    W(L) has the work of i itself. Let q arrive in L. If q finishes first, all its work is in L; else what i
-    could not have begun before q came is in the life of q. The lesser of them is certain.
+    At most `most` requests yield in an iteration, all but i in one of its x: c0/most of it, or c0/(N - 1), is
+    each pair's. Let q arrive in L.
 
-    Besides, in every iteration that yields a token of the one that finishes first, after q came, the other
-    yields one too, and this is its work in the life of the first; or it does not, and this is one of its x.
-    (All but once: what recomputes the first token that it yields may lie outside.) At most `most` requests
-    yield in an iteration, so c0/most of an x is each pair's.
+    i finishes first: the tokens that it could not have begun before q came are in the life of q, work and
+    all. In their iterations q yields too, y times, which is the work of its first y tokens at least, in L; or
+    it does not, and this is one of its x.
+
+    q finishes first: all its work is in L. In its iterations i yields y times, work in the life of q, but for
+    what recomputes (or, where it came before q, prefills) the first token of these; the rest are x of i.
+
+    What is least over y and over who is first is certain.
     """
     rows = blends(need.rows)
     return max(
@@ -467,7 +489,14 @@ def _pairs(need: _Need) -> float:
             row[0] * need.output.sum()
             + work.sum()
             + _interference(
-                need.arrival, need.prompt, need.output, need.durations, row, need.recompute, need.most, work
+                need.arrival,
+                need.prompt,
+                need.output,
+                need.durations,
+                row,
+                need.recompute,
+                row[0] / min(need.most, max(1, len(work) - 1)),
+                work,
             )
         )
         for row, work in zip(rows, need.works(rows), strict=True)
