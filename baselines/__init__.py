@@ -7,7 +7,7 @@ True
 
 from __future__ import annotations
 
-from baselines import infermax, policies, serving, systems, theory  # noqa: F401  (they register their schedulers)
+from baselines import infermax, policies, serving, systems, theory, tuned  # noqa: F401  (they register schedulers)
 from baselines.experts import Expert, expert
 from baselines.registry import get, names, scheduler
 

@@ -14,6 +14,7 @@ from llmsched_env.scheduling import Scheduler
 
 Maker = Callable[[], Scheduler]
 _MAKERS: dict[str, Maker] = {}
+_FAMILIES: dict[str, Callable[[str], Scheduler]] = {}
 
 
 def scheduler(name: str) -> Callable[[Maker], Maker]:
@@ -30,8 +31,18 @@ def scheduler(name: str) -> Callable[[Maker], Maker]:
     return register
 
 
+def family(name: str) -> Callable[[Callable[[str], Scheduler]], Callable[[str], Scheduler]]:
+    """Register a function that makes a scheduler of what comes after `name:`, such as a file's path."""
+
+    def register(make: Callable[[str], Scheduler]) -> Callable[[str], Scheduler]:
+        _FAMILIES[name] = make
+        return make
+
+    return register
+
+
 def get(name: str, **settings: Any) -> Scheduler:
-    """The scheduler `name`, with some of its settings changed.
+    """The scheduler `name`, or `tuned:FILE.json` (`baselines.tuned`), with some of its settings changed.
 
     >>> get("sarathi").name
     'sarathi'
@@ -39,8 +50,11 @@ def get(name: str, **settings: Any) -> Scheduler:
     Raises:
         InputError: for an unknown name or setting, with the nearest match.
     """
+    kind, colon, rest = name.partition(":")
+    if colon and kind in _FAMILIES:
+        return _FAMILIES[kind](rest).replace(**settings)
     if name not in _MAKERS:
-        raise unknown("scheduler", name, _MAKERS)
+        raise unknown("scheduler", name, [*_MAKERS, *(f"{kind}:FILE.json" for kind in _FAMILIES)])
     make = _MAKERS[name]
     text = inspect.getdoc(make) or ""
     source = " ".join(

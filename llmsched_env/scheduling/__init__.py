@@ -37,6 +37,7 @@ from llmsched_env.core.state import Engine, Lanes, engine_at
 from llmsched_env.scheduling.fastserve import plan_fastserve
 from llmsched_env.scheduling.lightllm import plan_lightllm
 from llmsched_env.scheduling.lots import plan_random
+from llmsched_env.scheduling.priority_rule import plan_rule
 from llmsched_env.scheduling.ranked import plan_ranked
 from llmsched_env.scheduling.routine import plan_unified
 from llmsched_env.scheduling.scheduler import ENGINE, Scheduler
@@ -70,7 +71,7 @@ __all__ = [
 ]
 
 _RANDOM, _FASTSERVE, _SGLANG, _TRTLLM, _LIGHTLLM, _TGI, _VTC, _RANKED = (int(r) for r in list(Routine)[1:9])
-_SORTED_F, _WAIT, _SLAI, _SIMPLE_CHUNKING = (int(r) for r in list(Routine)[9:])
+_SORTED_F, _WAIT, _SLAI, _SIMPLE_CHUNKING, _PRIORITY_RULE = (int(r) for r in list(Routine)[9:])
 
 
 @njit
@@ -101,6 +102,8 @@ def plan(e: Engine) -> None:
         plan_slai(e)
     elif routine == _SIMPLE_CHUNKING:
         plan_simple_chunking(e)
+    elif routine == _PRIORITY_RULE:
+        plan_rule(e)
     else:
         plan_unified(e)
 

@@ -30,6 +30,7 @@ class Routine(enum.IntEnum):
     WAIT = 11
     SLAI = 13
     SIMPLE_CHUNKING = 14
+    PRIORITY_RULE = 15
 
 
 class Pass(enum.IntEnum):
@@ -391,6 +392,7 @@ _UNREAD: dict[Routine, set[str]] = {
     Routine.WAIT: (_ALONE | _OF_QUEUE) - _OF_VICTIMS,
     Routine.SLAI: _OF_PASSES,
     Routine.SIMPLE_CHUNKING: _OF_PASSES - {"sort"},
+    Routine.PRIORITY_RULE: _ALONE | _OF_QUEUE,
 }
 
 
