@@ -66,7 +66,7 @@ def tune(
         rows = [(name, f"{value:.4g}") for name, value in dataclasses.asdict(found.params).items()]
         rows += [
             (f"{metric}, validation", f"{found.value:.4g}, at the start {found.start:.4g}"),
-            ("simulated", f"{found.episodes:,} episodes, {found.iterations:,} iterations"),
+            ("simulated", f"{found.episodes:,} episodes"),
         ]
         _print_table("", ("", ""), rows)
         if report is not None:

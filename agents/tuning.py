@@ -1,5 +1,5 @@
-"""The tuned rule, the rival of learned policies: a priority rule whose numbers are searched for (CMA-ES) by as
-many simulated episodes as a training is given.
+"""The tuned rule, the rival of learned policies: a priority rule whose numbers are searched for (CMA-ES), in
+as many simulated episodes as a training gets.
 
     from agents.tuning import tune
 
@@ -51,7 +51,7 @@ class Tuned:
             `length_info` if it was given.
         value, start: mean of the metric on the validation episodes with these parameters, and with those that
             the search began with.
-        episodes, iterations: that were simulated, validation included.
+        episodes: that were simulated, validation included.
         seed: of the search.
         interrupted: whether it ended before its budget did.
     """
@@ -63,7 +63,6 @@ class Tuned:
     value: float
     start: float
     episodes: int
-    iterations: int
     seed: int
     interrupted: bool = False
 
@@ -87,7 +86,7 @@ def tune(
     budget: int = 4000,
     seed: int = 0,
     method: str = "cma",
-    start: Params = Params(),  # noqa: B008  (frozen)
+    start: Params = Params(),
     progress: Callable[[int], None] = lambda done: None,
     **settings: Any,
 ) -> Tuned:
@@ -117,16 +116,15 @@ def tune(
             raise InputError(f"{name} must be a whole number from 0, not {value!r}")
     named = scenarios.get(scenario)
     sign = -1.0 if METRICS[metric].larger else 1.0
-    spent = [0, 0]  # episodes, iterations
+    spent = 0  # episodes
 
     def episodes(first: int, count: int) -> Episodes:
         return Episodes.of(named, range(first, first + count), metric, _ENV, dict(settings))
 
     def cost(params: Params, on: Episodes) -> float:
+        nonlocal spent
         found = Scheduled(tuned.rule(params)).play(on)
-        spent[0] += len(on)
-        spent[1] += int(found["iterations"].sum())
-        progress(spent[0])
+        progress(spent := spent + len(on))
         return sign * float(found[metric].mean())
 
     held_out = episodes(VALIDATION_SEED, VALIDATION)
@@ -140,7 +138,7 @@ def tune(
     try:
         least = first = cost(start, held_out)
         generation = 0
-        while spent[0] + needed <= budget:
+        while spent + needed <= budget:
             batch = episodes(generation * BATCH, BATCH)
             points = [search.ask() for _ in range(search.population_size)]
             search.tell([(point, cost(_params(point, axes, start), batch)) for point in points])
@@ -158,8 +156,7 @@ def tune(
         settings=dict(settings),
         value=sign * least,
         start=sign * first,
-        episodes=spent[0],
-        iterations=spent[1],
+        episodes=spent,
         seed=int(seed),
         interrupted=interrupted,
     )
@@ -272,7 +269,9 @@ def _axes(problem: Problem, requests: Iterable[Requests]) -> dict[str, _Axis]:
 def _params(point: NDArray[np.float64], axes: dict[str, _Axis], start: Params) -> Params:
     """The parameters at a point, to three digits; beyond 0 and 1 the range is mirrored."""
     places = np.abs((point + 1.0) % 2.0 - 1.0)
-    values = {name: axis.value(float(place)) for (name, axis), place in zip(axes.items(), places, strict=True)}
+    values = {
+        name: axis.value(float(place)) for (name, axis), place in zip(axes.items(), places, strict=True)
+    }
     return dataclasses.replace(start, **{name: float(f"{value:.3g}") for name, value in values.items()})
 
 

@@ -9,6 +9,6 @@ from __future__ import annotations
 
 from baselines import infermax, policies, serving, systems, theory, tuned  # noqa: F401  (they register schedulers)
 from baselines.experts import Expert, expert
-from baselines.registry import get, names, scheduler
+from baselines.registry import get, has, names, scheduler
 
-__all__ = ["Expert", "expert", "get", "names", "scheduler"]
+__all__ = ["Expert", "expert", "get", "has", "names", "scheduler"]

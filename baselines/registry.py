@@ -66,6 +66,12 @@ def get(name: str, **settings: Any) -> Scheduler:
     return made.replace(**settings) if settings else made
 
 
+def has(name: str) -> bool:
+    """Whether `get` takes the name: one of `names()`, or one such as `tuned:FILE.json`."""
+    kind, colon, _ = name.partition(":")
+    return name in _MAKERS or (bool(colon) and kind in _FAMILIES)
+
+
 def names() -> list[str]:
     """The names of all schedulers, sorted."""
     return sorted(_MAKERS)

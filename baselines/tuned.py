@@ -29,7 +29,7 @@ SUMMARY = "A priority rule: least weighted score of KV area, age, slack, latenes
 SOURCE = "ours; the start of the search is `area-backfill`."
 
 
-def rule(params: Params = Params(), name: str = "rule") -> Scheduler:  # noqa: B008  (frozen)
+def rule(params: Params = Params(), name: str = "rule") -> Scheduler:
     """The scheduler with these parameters. Of lengths it knows what the requests' predictions tell; where
     they tell nothing, it goes by prompts."""
     if not isinstance(params, Params):

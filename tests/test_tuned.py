@@ -25,9 +25,8 @@ from llmsched_env.profiles import Profile
 from llmsched_env.scheduling import Scheduler
 from llmsched_env.scheduling.own import evict, grant
 
-LINEAR = Profile(
-    name="linear", form="linear", params={"c0": 0.01, "c1": 1e-4, "c2": 0, "c3": 0, "c4": 1e-6}
-)
+LINEAR = Profile(name="linear", form="linear", params={"c0": 0.01, "c1": 1e-4, "c2": 0, "c3": 0, "c4": 1e-6})
+ROOMY = EngineConfig(kv_blocks=1000)
 WAITING = 1
 INF = math.inf
 
@@ -213,20 +212,17 @@ def snug(seed: int) -> Requests:
     """Requests whose answers end in the last block of their prompts, so that nobody is ever preempted."""
     g = np.random.default_rng(seed)
     n = 60
-    return Requests.of(
-        g.exponential(0.02, n).cumsum(), 16 * g.integers(1, 30, n) + 1, g.integers(1, 16, n)
-    )
+    return Requests.of(g.exponential(0.02, n).cumsum(), 16 * g.integers(1, 30, n) + 1, g.integers(1, 16, n))
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_first_come_first_served(seed: int) -> None:
     """Age alone is the order of arrival: with backfilling where the margin is unlimited, else without."""
     config = EngineConfig(kv_blocks=80, token_budget=100_000)
-    for margin, known in ((INF, "fcfs-backfill"), (0.0, "mc-benchmark")):
-        params = Params(area=0, age=1, trust=0, margin=margin)
-        runs = [
-            simulate(snug(seed), one, LINEAR, config) for one in (tuned.rule(params), baselines.get(known))
-        ]
+    for margin, backfill in ((INF, 64), (0.0, 0)):
+        rule = tuned.rule(Params(area=0, age=1, trust=0, margin=margin))
+        known = baselines.get("fcfs-backfill", backfill=backfill)
+        runs = [simulate(snug(seed), one, LINEAR, config) for one in (rule, known)]
         assert runs[0].preemptions_total == runs[1].preemptions_total == 0
         np.testing.assert_array_equal(runs[0].finish_s, runs[1].finish_s)
 
@@ -262,17 +258,17 @@ def test_who_is_late_comes_last() -> None:
 
 
 def test_chunk_and_pace_cut_prompts() -> None:
-    work = Requests.of([0, 0.1], [10, 2000], [100, 2], tpot_target_s=[0.04, INF])
+    work = Requests.of([0, 0.012], [10, 2000], [100, 2], tpot_target_s=[0.012, INF])
 
     def chunks(**params: float) -> list[int]:
-        run = simulate(work, tuned.rule(Params(**params)), LINEAR, record="iterations")
+        run = simulate(work, tuned.rule(Params(**params)), LINEAR, ROOMY, record="iterations")
         assert run.iterations is not None
         return [n for n in run.iterations["prefill_tokens"].tolist()[1:] if n]
 
     assert chunks() == [2000]
     assert chunks(chunk=300) == [256] * 7 + [208]
-    # 0.01 s and 1e-4 s a token: 256 tokens in the 0.04 s that a token may take.
-    assert chunks(pace=1)[:3] == [256] * 3
+    # An iteration takes 0.01 s, and 1e-4 s a token: 256 of them in three times the 0.012 s for a decode.
+    assert chunks(pace=3) == [256] * 7 + [208]
 
 
 # ---------------------------------------------------------------------- what it knows
@@ -363,7 +359,7 @@ def test_an_interrupted_search_returns_its_best() -> None:
             raise KeyboardInterrupt
 
     found = tune("toy", start=FCFS, progress=stop)
-    assert found.interrupted and 400 < found.episodes < 420
+    assert found.interrupted and 400 < found.episodes < 500
     assert found.value < found.start
 
 
@@ -375,7 +371,7 @@ def test_an_interrupted_search_returns_its_best() -> None:
         ({"method": "cmaes"}, "did you mean 'cma'"),
         ({"budget": 10}, "budget must be at least"),
         ({"seed": -1}, "seed must be a whole number from 0, not -1"),
-        ({"lode": 1.0}, "did you mean 'load'"),
+        ({"lode": 1.0}, "unknown option 'lode'"),
     ],
 )
 def test_bad_tuning(options: dict[str, Any], complaint: str) -> None:

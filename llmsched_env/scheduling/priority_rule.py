@@ -191,9 +191,7 @@ def _time_with(e: Engine, tokens: int) -> float:
     """Seconds of the iteration with so many tokens of one prompt from its beginning."""
     s = e.s
     p = np.float64(tokens)
-    return batch_time(
-        e.cost, p, 1.0, 0.5 * p * p, 0.0, np.float64(s.decodes), np.float64(s.decode_context)
-    )
+    return batch_time(e.cost, p, 1.0, 0.5 * p * p, 0.0, np.float64(s.decodes), np.float64(s.decode_context))
 
 
 @njit
@@ -305,7 +303,7 @@ def _rank(e: Engine) -> None:
         queue.insert(e, out[i])
 
 
-# ------------------------------------------------------------------------------------------ the peak of memory
+# ----------------------------------------------------------------------------------------- the peak of memory
 
 
 @njit
