@@ -256,7 +256,7 @@ def resolve(spec: Any, label: str = "") -> Policy:
         spec: an object that acts (see `agents.evaluation.evaluate`), a `Scheduler` or an agent; a sequence of
             such, trainings of one configuration; or a text:
 
-            - a scheduler's name (`baselines.names()`);
+            - a scheduler's name (`baselines.names()`), or "tuned:FILE.json";
             - "random", any legal action;
             - "optimum", the best schedule that is known, or that is found in 2 s an episode; "optimum:10" in
               10 s;
@@ -291,7 +291,7 @@ def resolve(spec: Any, label: str = "") -> Policy:
 
 
 def _named(text: str) -> tuple[Member, ...]:
-    if text in baselines.names():
+    if baselines.has(text):
         return (Scheduled(baselines.get(text)),)
     if text == "random":
         return (_Chance(),)

@@ -143,9 +143,9 @@ def tune(
             points = [search.ask() for _ in range(search.population_size)]
             search.tell([(point, cost(_params(point, axes, start), batch)) for point in points])
             candidate = _params(search.mean, axes, start)
-            value = cost(candidate, held_out)
-            if value < least:
-                best, least = candidate, value
+            found = cost(candidate, held_out)
+            if found < least:
+                best, least = candidate, found
             generation += 1
     except KeyboardInterrupt:
         interrupted = True
@@ -223,13 +223,13 @@ class _Axis:
 
 @dataclasses.dataclass(frozen=True)
 class _Tokens(_Axis):
-    """From 128 tokens, by factors, to `high`, and there no limit."""
+    """From 16 tokens, by factors, to `high`, and there no limit."""
 
     def value(self, place: float) -> float:
-        return math.inf if place >= 0.98 else round(128 * (self.high / 128) ** place)
+        return math.inf if place >= 0.98 else round(16 * (self.high / 16) ** place)
 
     def at(self, value: float) -> float:
-        return 1.0 if value >= self.high else math.log(value / 128) / math.log(self.high / 128)
+        return 1.0 if value >= self.high else math.log(max(1.0, value / 16)) / math.log(self.high / 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,8 +259,8 @@ def _axes(problem: Problem, requests: Iterable[Requests]) -> dict[str, _Axis]:
     if has("predicted_tokens", lambda x: np.isfinite(x).any()):
         axes["trust"] = _Axis()
     axes |= {"headroom": _Axis(0.5, 2.0), "margin": _Axis(20.0, 3.0)}
-    if budget > 128:
-        axes["chunk"] = _Tokens(float(budget))
+    if budget > 16:
+        axes["budget"] = _Tokens(float(budget))
     if has("tpot_target_s", lambda x: np.isfinite(x).any()):
         axes["pace"] = _Ratio()
     return axes

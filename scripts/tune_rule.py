@@ -64,8 +64,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="folder for the parameters")
     options = parser.parse_args()
     print(
-        f"{options.episodes} held-out episodes each, lengths: {options.length_info}; differences are positive "
-        "where the tuned rule is better"
+        f"{options.episodes} held-out episodes each, lengths: {options.length_info}; a positive difference: "
+        "the tuned rule is better"
     )
     columns = ("scenario", "vllm-v1", "best named", "tuned", "over vllm-v1", "over best named", "spent", "s")
     print(f"| {' | '.join(columns)} |\n| :-- |{' --: |' * (len(columns) - 1)}", flush=True)

@@ -63,7 +63,7 @@ def random_params(seed: int) -> Params:
         trust=some(0.0, g.random()),
         headroom=some(0.0, 0.2 * g.random()),
         margin=some(INF, g.random()),
-        chunk=some(INF, g.integers(128, 700)),
+        budget=some(INF, g.integers(1, 500)),
         pace=some(INF, 2 * g.random()),
     )
 
@@ -117,24 +117,15 @@ def plain(p: Params) -> Callable[[Any], None]:
         for r in decodes:
             grant(e, r, 1)
 
-        left = int(min(s.budget, p.chunk))
+        left = int(max(0, min(s.budget, p.budget - len(decodes))))
         limits = [
             max(q.first_token + q.generated * q.tpot_target - s.clock, p.pace * q.tpot_target)
             for q in (req[r] for r in decodes)
             if q.first_token - q.arrival <= q.ttft_target and q.tpot_target < INF
         ]
         seconds = min(limits, default=INF)
-        for tokens in (left, 512, 256, 128, 0):
-            if tokens <= left:
-                left_now = tokens
-                if time(tokens, 1, 0.5 * tokens * tokens, 0, s.decodes, s.decode_context) <= seconds:
-                    break
-        left = left_now
-
-        def cut(rest: int) -> int:
-            if rest <= left or left >= s.budget:
-                return min(rest, left)
-            return max((tokens for tokens in (128, 256, 512) if tokens <= left), default=0)
+        while left and time(left, 1, 0.5 * left * left, 0, s.decodes, s.decode_context) > seconds:
+            left //= 2
 
         def pair(r: int) -> tuple[float, float]:
             """Tokens that r will still add, and those that it holds by then but for these."""
@@ -168,9 +159,7 @@ def plain(p: Params) -> Callable[[Any], None]:
                 break
             r = begun[0] if head else waiting[0]
             q = req[r]
-            tokens = cut(int(q.target - q.computed if head else q.prompt + q.generated))
-            if tokens == 0:
-                break
+            tokens = min(left, int(q.target - q.computed if head else q.prompt + q.generated))
             del (begun if head else waiting)[0]
             fits = True
             if not head:
@@ -257,7 +246,7 @@ def test_who_is_late_comes_last() -> None:
     assert firsts[0][1] < firsts[0][2] and firsts[1][2] < firsts[1][1]
 
 
-def test_chunk_and_pace_cut_prompts() -> None:
+def test_budget_and_pace_cut_prompts() -> None:
     work = Requests.of([0, 0.012], [10, 2000], [100, 2], tpot_target_s=[0.012, INF])
 
     def chunks(**params: float) -> list[int]:
@@ -266,9 +255,9 @@ def test_chunk_and_pace_cut_prompts() -> None:
         return [n for n in run.iterations["prefill_tokens"].tolist()[1:] if n]
 
     assert chunks() == [2000]
-    assert chunks(chunk=300) == [256] * 7 + [208]
-    # An iteration takes 0.01 s, and 1e-4 s a token: 256 of them in three times the 0.012 s for a decode.
-    assert chunks(pace=3) == [256] * 7 + [208]
+    assert chunks(budget=300) == [299] * 6 + [206]
+    # An iteration with 127 tokens takes 0.031 s, with 255 0.068 s; three times the target is 0.036 s.
+    assert chunks(pace=3) == [127] * 15 + [95]
 
 
 # ---------------------------------------------------------------------- what it knows
@@ -301,11 +290,11 @@ def test_it_does_not_peek(told: str) -> None:
 
 
 def test_files(tmp_path: Path) -> None:
-    params = Params(area=0.5, chunk=256, margin=INF)
+    params = Params(area=0.5, budget=256, margin=INF)
     tuned.save(params, tmp_path / "mine.json", scenario="toy")
     assert tuned.read(tmp_path / "mine.json") == params
     scheduler = baselines.get(f"tuned:{tmp_path}/mine.json", headroom="0.1")
-    assert scheduler.settings.x == Params(area=0.5, chunk=256, margin=INF, headroom=0.1)
+    assert scheduler.settings.x == Params(area=0.5, budget=256, margin=INF, headroom=0.1)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +306,7 @@ def test_files(tmp_path: Path) -> None:
         ('{"params": {"aria": 1}}', "did you mean 'area'"),
         ('{"params": {"area": "x"}}', "area must be a number, not 'x'"),
         ('{"params": {"trust": 2}}', "trust must be from 0 to 1, not 2"),
-        ('{"params": {"chunk": 3}}', "chunk must be from 128 to inf, not 3"),
+        ('{"params": {"budget": 0}}', "budget must be from 1 to inf, not 0"),
         ('{"params": {"late": "inf"}}', "the weight late must be finite"),
         ('{"params": {"age": NaN}}', "age must be a number, not nan"),
     ],
@@ -380,9 +369,10 @@ def test_bad_tuning(options: dict[str, Any], complaint: str) -> None:
 
 
 def test_metrics_are_those_of_the_environments() -> None:
-    """What is tuned by is what an environment reports when it is driven by the rule's actions."""
+    """What is tuned by is what an environment reports when the rule acts in it (whose prompts are cut by the
+    engine's budget alone: other cuts are no chunk levels)."""
     options: dict[str, Any] = {**SMALL, "waiting_slots": 32, "running_slots": 32}
-    rule = tuned.rule(Params(area=0.1, urgency=3, late=4, trust=0.6, chunk=200, pace=0.5))
+    rule = tuned.rule(Params(area=0.1, urgency=3, late=4, trust=0.6))
     episodes = Episodes.of(scenarios.get("slo-mix"), range(5, 9), "goodput", "llmsched/Decision-v0", options)
     found = Scheduled(rule).play(episodes)
     played = evaluate(baselines.expert(rule), scenario="slo-mix", num_episodes=4, seed=5, **options)

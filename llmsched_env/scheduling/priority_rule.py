@@ -19,7 +19,6 @@ from llmsched_env.scheduling.routine import visit_running
 from llmsched_env.scheduling.settings import Pass
 
 _DECODES = int(Pass.DECODES)
-_LEVELS = (512, 256, 128)  # tokens of a prompt that is cut below the budget, as environments have them
 _MISFITS = 64  # requests that may be tried in vain in one iteration
 
 
@@ -42,10 +41,10 @@ class PriorityRule:
         headroom: share of the KV blocks that admissions leave free, unless the engine is idle.
         margin: behind a request that does not fit, others are tried whose score is at most so much higher;
             0: only its equals, inf: all.
-        chunk: prompt tokens of an iteration, at most.
-        pace: an iteration takes prompt tokens only as long as it stays within the time that each decoding
-            request has in hand before its next token is due, or `pace` times its target if that is longer;
-            inf: regardless of targets. Requests that are late already have no say.
+        budget: tokens of an iteration up to which prompts fill it up beside the decodes.
+        pace: that many are halved until the iteration stays within the time that each decoding request has in
+            hand before its next token is due, or `pace` times its target if that is longer; inf: regardless
+            of targets. Requests whose first token was late have no say.
     """
 
     area: float = 1.0
@@ -56,7 +55,7 @@ class PriorityRule:
     trust: float = 1.0
     headroom: float = 0.0
     margin: float = math.log(2)
-    chunk: float = math.inf
+    budget: float = math.inf
     pace: float = math.inf
 
     def __post_init__(self) -> None:
@@ -72,7 +71,7 @@ class PriorityRule:
             ("trust", 0.0, 1.0),
             ("headroom", 0.0, 0.99),
             ("margin", 0.0, math.inf),
-            ("chunk", _LEVELS[-1], math.inf),
+            ("budget", 1.0, math.inf),
             ("pace", 0.0, math.inf),
         ):
             if not least <= getattr(self, name) <= most:
@@ -81,7 +80,7 @@ class PriorityRule:
 
 
 _WEIGHTS = ("area", "age", "urgency", "late", "priority")
-_AREA, _AGE, _URGENCY, _LATE, _PRIORITY, _TRUST, _HEADROOM, _MARGIN, _CHUNK, _PACE = range(10)
+_AREA, _AGE, _URGENCY, _LATE, _PRIORITY, _TRUST, _HEADROOM, _MARGIN, _BUDGET, _PACE = range(10)
 
 
 def rule_size(num_requests: int, num_clients: int) -> int:
@@ -167,7 +166,7 @@ def _worst(e: Engine) -> int:
 def _prompt_tokens(e: Engine) -> int:
     """Prompt tokens that this iteration may hold beside its decodes."""
     s, x = e.s, e.s.x
-    left = np.int64(min(np.float64(s.budget), x[_CHUNK]))
+    left = int(max(0.0, min(np.float64(s.budget), x[_BUDGET] - s.decodes)))
     if x[_PACE] == np.inf:
         return left
     seconds = np.inf
@@ -178,12 +177,9 @@ def _prompt_tokens(e: Engine) -> int:
         if q.first_token - q.arrival <= q.ttft_target:
             in_hand = q.first_token + q.generated * q.tpot_target - s.clock
             seconds = min(seconds, max(in_hand, x[_PACE] * q.tpot_target))
-    if _time_with(e, left) <= seconds:
-        return left
-    for tokens in _LEVELS:
-        if tokens < left and _time_with(e, tokens) <= seconds:
-            return tokens
-    return 0
+    while left > 0 and _time_with(e, left) > seconds:
+        left //= 2
+    return left
 
 
 @njit
@@ -192,19 +188,6 @@ def _time_with(e: Engine, tokens: int) -> float:
     s = e.s
     p = np.float64(tokens)
     return batch_time(e.cost, p, 1.0, 0.5 * p * p, 0.0, np.float64(s.decodes), np.float64(s.decode_context))
-
-
-@njit
-def _cut(e: Engine, rest: int, left: int) -> int:
-    """Tokens of a prompt of which `rest` are to be computed, where `left` may be; 0: none now."""
-    if rest <= left:
-        return rest
-    if left >= e.s.budget:  # the engine's own limit, which cuts anywhere
-        return left
-    for tokens in _LEVELS:
-        if tokens <= left:
-            return tokens
-    return 0
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
@@ -228,9 +211,7 @@ def _serve_prompts(e: Engine, left: int) -> None:
         if waiting >= 0 and (e.req[waiting].key > last or s.num_running >= s.max_num_seqs):
             waiting = -1
         if begun >= 0 and (waiting < 0 or e.req[begun].score <= e.req[waiting].key):
-            tokens = _cut(e, e.req[begun].target - e.req[begun].computed, left)
-            if tokens == 0:
-                return
+            tokens = min(left, e.req[begun].target - e.req[begun].computed)
             grant(e, begun, tokens)
             left -= tokens
             begun = _next_begun(e)
@@ -239,9 +220,6 @@ def _serve_prompts(e: Engine, left: int) -> None:
             return
         r = waiting
         q = e.req[r]
-        tokens = _cut(e, known_tokens(q), left)
-        if tokens == 0:
-            return
         fits = q.need <= room - (headroom if s.num_running > 0 else 0)
         if fits and x[_TRUST] > 0.0 and s.num_running > 0 and not np.isnan(q.predicted):
             if pairs < 0:
@@ -252,9 +230,10 @@ def _serve_prompts(e: Engine, left: int) -> None:
             if pairs >= 0:
                 insert_pair(e, 0, pairs, _coming(e, q), _held(e, q))
                 pairs += 1
+            tokens = min(left, known_tokens(q))
+            room -= q.need
             grant(e, r, tokens)
             left -= tokens
-            room -= q.need
         else:
             if misfits == 0:
                 last = q.key + x[_MARGIN]
