@@ -740,5 +740,6 @@ def _print_table(title: str, columns: Sequence[str], rows: Any) -> None:
     _print(table)
 
 
-import agents.cli_evaluate  # noqa: E402, F401  (adds its command)
-import agents.cli_train  # noqa: E402, F401
+import agents.cli_evaluate  # noqa: E402
+import agents.cli_train  # noqa: E402
+import agents.cli_tune  # noqa: E402, F401  (they add their commands)
