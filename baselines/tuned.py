@@ -49,7 +49,7 @@ def save(params: Params, path: str | Path, **about: Any) -> None:
     """Write parameters to a JSON file, whole or not at all; `about` says what they are good for."""
     given = {k: _text(v) for k, v in dataclasses.asdict(params).items()}
     with writing(path) as temporary:
-        temporary.write_text(json.dumps({"params": given, **about}, indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps({"params": given, **about}, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 @family("tuned")
