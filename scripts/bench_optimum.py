@@ -214,13 +214,13 @@ def scale(seeds: int, seconds: float) -> Iterator[Row]:
     ):
         for load in (0.5, 0.85, 1.1):
             recipe = workloads.get(name, num_requests=1000, load=load, seed=0)
-            runs = {}
-            for scheduler in ("vllm-v1", "sarathi", "orca", "srf", "mc-sf", "area-backfill", "srpt"):
+            first = simulate(recipe, baselines.get("vllm-v1"), "a100-llama3-8b")
+            runs = {"vllm-v1": first}  # the same requests for all, each with its own engine settings
+            for scheduler in ("sarathi", "orca", "srf", "mc-sf", "area-backfill", "srpt"):
                 try:
-                    runs[scheduler] = simulate(recipe, baselines.get(scheduler), "a100-llama3-8b")
+                    runs[scheduler] = simulate(first.requests, baselines.get(scheduler), first.profile)
                 except InputError as error:
                     print(f"{scheduler}: {error}", file=sys.stderr)
-            first = runs["vllm-v1"]
             made = Instance(
                 first.requests,
                 first.engine.replace(watermark=0.0),
