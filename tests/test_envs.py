@@ -269,7 +269,7 @@ def test_a_copy_of_many_has_the_same_future(env_id: str) -> None:
 
 def test_a_saved_state_has_the_same_future(env_id: str) -> None:
     def make_many(**changes: Any) -> Any:
-        given = {"num_requests": 5, "scenario": "toy", "autoreset_mode": "same-step", **changes}
+        given = {"num_requests": 5, "autoreset_mode": "same-step", **changes}
         return gym.make_vec(env_id, 3, vectorization_mode="vector_entry_point", **given).unwrapped
 
     many, twin = make_many(), make_many()
