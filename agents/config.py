@@ -59,8 +59,8 @@ class Config:
         teacher: a scheduler's name, or "optimum" for small episodes: the network first learns to act as it
             does, in `teacher_episodes` episodes, `teacher_epochs` times; "": none.
         segment: updates between checkpoints.
-        fresh: whether all lanes begin new episodes at each checkpoint, as they have to where they share traces;
-            let `n_steps` be those of some episodes then, else all are at their beginnings at the same time.
+        fresh: whether all lanes begin new episodes at each checkpoint, as they have to where they share
+            traces; let `n_steps` be those of some episodes then, or all are at their beginnings together.
         validation_episodes: by which agents are chosen, at each checkpoint.
     """
 

@@ -7,7 +7,8 @@ mask, and a value. A `Spec` describes one completely; `agents.agent` computes th
   requests, with the features of the engine, make a context; and from the context and what was read of a
   request come the logits of the actions that concern it (admit, continue, preempt). The same weights serve
   every slot, so that what is learned of one request holds for all (DeepSets, Zaheer et al. 2017; pointing as
-  in Vinyals et al. 2015). With `attention`, requests first look at each other (one head, Vaswani et al. 2017).
+  in Vinyals et al. 2015).
+- **attention**: the same, but requests first look at each other (one head, Vaswani et al. 2017).
 - **mlp**: two hidden layers on all features, as Stable-Baselines3 has it; a control.
 """
 

@@ -3,12 +3,12 @@
 Three things are unlike MaskablePPO, each an option:
 
 - **Time.** Steps of these environments take from no time at all (ADMIT) to seconds (RUN). So rewards are
-  discounted by `exp(-discount_rate * dt)`, the time that passed, not by steps (a semi-Markov decision process,
-  Bradtke and Duff 1994); and the trace of generalised advantage estimation fades only in steps in which time
-  passes, so that the decisions that make one plan share what comes of it.
-- **Luck.** Which requests arrive matters more to the return than what is decided. Lanes of one group are given
-  the same requests, and from the advantage of a decision is taken the mean of what the other lanes of its group
-  had at that time of that episode: an input-dependent baseline (Mao et al. 2019), leaving one out.
+  discounted by `exp(-discount_rate * dt)`, the time that passed, not by steps (a semi-Markov decision
+  process, Bradtke and Duff 1994); and the trace of generalised advantage estimation fades only in steps in
+  which time passes, so that the decisions that make one plan share what comes of it.
+- **Luck.** Which requests arrive matters more to the return than what is decided. Lanes of one group are
+  given the same requests, and from the advantage of a decision is taken the mean of what the other lanes of
+  its group had at that time of that episode: an input-dependent baseline (Mao et al. 2019), leaving one out.
 - **Scale.** Rewards can be divided, episode by episode, by what a reference policy gets on the same requests.
 
 Without masks (`use_masks=False`) it is PPO, for comparison.
@@ -146,8 +146,8 @@ class SchedulingPPO(MaskablePPO):
         Args:
             policy, env: as for MaskablePPO; an `SB3VecEnv` with flat observations.
             discount_rate: 1/s, as the environment's option of that name, which this should equal.
-            group: so many lanes, one after the other, share their requests and are each other's baseline; they
-                have to be reset with the same seed.
+            group: so many lanes, one after the other, share their requests and are each other's baseline;
+                they have to be reset with the same seed.
             use_masks: whether illegal actions are kept from being chosen.
             scale: see the class.
             keywords: those of MaskablePPO; `gae_lambda` counts steps in which time passes.

@@ -7,8 +7,8 @@ distribution, computed once:
 
     model = MaskablePPO(MaskablePolicy, env)
 
-They take observations of all forms; action spaces that are not Discrete are left to SB3. `NetPolicy` (for
-MaskablePPO) has the networks of `agents.networks` in place of SB3's:
+They take observations of all forms; action spaces of other kinds than the environments have are left to SB3.
+`NetPolicy` (for MaskablePPO) has the networks of `agents.networks` in place of SB3's:
 
     spec = Spec.of(env, "pointer")
     model = MaskablePPO(NetPolicy, SB3VecEnv(env), policy_kwargs={"spec": spec})
@@ -25,7 +25,10 @@ from agents.networks import Spec, build
 from llmsched_env.errors import InputError
 
 try:
-    from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution
+    from sb3_contrib.common.maskable.distributions import (
+        MaskableCategoricalDistribution,
+        MaskableMultiCategoricalDistribution,
+    )
     from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
     from stable_baselines3.common.policies import ActorCriticPolicy
     from stable_baselines3.common.torch_layers import CombinedExtractor
@@ -110,6 +113,61 @@ class QuickCategorical(MaskableCategoricalDistribution):
         return self._logits.argmax(1)
 
 
+class QuickMultiCategorical(MaskableMultiCategoricalDistribution):
+    """sb3-contrib's distribution of actions with several entries, without its checks and repetitions."""
+
+    def proba_distribution(self, action_logits: th.Tensor) -> QuickMultiCategorical:
+        self._logits = action_logits.view(-1, sum(self.action_dims))
+        self._logs: Any = None
+        return self
+
+    def apply_masking(self, masks: Any) -> None:
+        if masks is None:
+            return
+        legal = th.as_tensor(masks, dtype=self._logits.dtype, device=self._logits.device)
+        self.proba_distribution(self._logits + (legal.view(self._logits.shape) - 1.0).mul_(_ILLEGAL))
+
+    def _parts(self) -> list[th.Tensor]:
+        """Logarithms of the probabilities, by entry."""
+        if self._logs is None:
+            self._logs = [th.log_softmax(part, 1) for part in self._logits.split(self._sizes, 1)]
+        parts: list[th.Tensor] = self._logs
+        return parts
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [int(n) for n in self.action_dims]
+
+    def log_prob(self, actions: th.Tensor) -> th.Tensor:
+        chosen = actions.long().view(-1, len(self._sizes)).split(1, 1)
+        logs = [part.gather(1, of) for part, of in zip(self._parts(), chosen, strict=True)]
+        return th.cat(logs, 1).sum(1)
+
+    def entropy(self) -> th.Tensor:
+        entropies = [-(part.exp() * part).sum(1) for part in self._parts()]
+        return th.stack(entropies, 1).sum(1)
+
+    def sample(self) -> th.Tensor:
+        """Where a Gumbel variate more makes a logit the largest (of its entry)."""
+        noise = th.rand_like(self._logits).clamp_(1e-10).log_().neg_().log_().neg_()
+        return self._largest(self._logits + noise)
+
+    def mode(self) -> th.Tensor:
+        return self._largest(self._logits)
+
+    def _largest(self, logits: th.Tensor) -> th.Tensor:
+        return th.stack([part.argmax(1) for part in logits.split(self._sizes, 1)], 1)
+
+
+def _quick(action_space: Any, own: Any) -> Any:
+    """The quick distribution for a space, else the one that there is."""
+    if isinstance(action_space, spaces.Discrete):
+        return QuickCategorical(int(action_space.n))
+    if isinstance(action_space, spaces.MultiDiscrete):
+        return QuickMultiCategorical(list(action_space.nvec))
+    return own
+
+
 def _with_extractor(observation_space: spaces.Space[Any], keywords: dict[str, Any]) -> dict[str, Any]:
     """The keywords of a policy, with SB3's extractor for observations in parts where they come in parts."""
     if isinstance(observation_space, spaces.Dict):
@@ -125,11 +183,10 @@ class Policy(ActorCriticPolicy):
     ) -> None:
         kwargs = _with_extractor(observation_space, kwargs)
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
-        if isinstance(action_space, spaces.Discrete):
-            self.action_dist = QuickCategorical(int(action_space.n))
+        self.action_dist = _quick(action_space, self.action_dist)
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Any:
-        if isinstance(self.action_dist, QuickCategorical):
+        if isinstance(self.action_dist, QuickCategorical | QuickMultiCategorical):
             return self.action_dist.proba_distribution(self.action_net(latent_pi))
         return super()._get_action_dist_from_latent(latent_pi)
 
@@ -142,8 +199,7 @@ class MaskablePolicy(MaskableActorCriticPolicy):
     ) -> None:
         kwargs = _with_extractor(observation_space, kwargs)
         super().__init__(observation_space, action_space, lr_schedule, *args, **kwargs)
-        if isinstance(action_space, spaces.Discrete):
-            self.action_dist = QuickCategorical(int(action_space.n))
+        self.action_dist = _quick(action_space, self.action_dist)
 
 
 class NetPolicy(MaskablePolicy):

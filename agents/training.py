@@ -1,8 +1,8 @@
 """Training an agent: `train(config, folder)`, and `resume(folder)` after whatever ended it.
 
 The training goes in segments. Each begins with fresh random numbers that depend only on the seed and on the
-segment's number, and ends with a checkpoint that holds the network, its optimizer and the lanes: so a training
-that was killed and resumed is, weight by weight, the one that was not.
+segment's number, and ends with a checkpoint that holds the network, its optimizer and the lanes: so a
+training that was killed and resumed is, weight by weight, the one that was not.
 """
 
 from __future__ import annotations
@@ -469,10 +469,8 @@ class Trainer:
 
 _EPISODE = ("latency_s", "goodput", "throughput_tps", "gpu_s", "preemptions", "finished", "score", "return")
 # Options of the environment that say how an agent acts; vLLM V1 acts as it does.
-_ACTING = (
-    "waiting_slots", "running_slots", "waiting_order", "running_order", "chunk_levels", "skip_forced",
-    "work_conserving", "preempt", "readmit", "idle", "hold", "rate_window_s", "max_steps",
-)  # fmt: skip
+_ACTING = {"waiting_slots", "running_slots", "waiting_order", "running_order", "chunk_levels", "skip_forced"}
+_ACTING |= {"work_conserving", "preempt", "readmit", "idle", "hold", "rate_window_s", "max_steps"}
 
 
 @functools.lru_cache(maxsize=65536)

@@ -18,7 +18,10 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # importing torch and its friends warns of what is old in them
     import torch as th
     from sb3_contrib import MaskablePPO
-    from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution
+    from sb3_contrib.common.maskable.distributions import (
+        MaskableCategoricalDistribution,
+        MaskableMultiCategoricalDistribution,
+    )
     from sb3_contrib.common.maskable.evaluation import evaluate_policy as evaluate_maskable
     from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
     from stable_baselines3 import A2C, PPO
@@ -28,7 +31,7 @@ with warnings.catch_warnings():
 
 import llmsched_env.envs  # noqa: F401  (registers the ids)
 from agents.sb3 import SB3VecEnv
-from agents.sb3_policies import MaskablePolicy, Policy, QuickCategorical
+from agents.sb3_policies import MaskablePolicy, Policy, QuickCategorical, QuickMultiCategorical
 from llmsched_env.errors import InputError
 
 IDS = ("llmsched/Decision-v0", "llmsched/Batch-v0", "llmsched/Dispatch-v0")
@@ -305,6 +308,37 @@ def test_distribution_is_that_of_sb3(masked: bool) -> None:
         found.append([x.detach().numpy() for x in (log_prob, entropy, logits.grad, one.mode())])
     for ours, theirs in zip(*found, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_distribution_of_entries_is_that_of_sb3(masked: bool) -> None:
+    rng, sizes = np.random.default_rng(0), [4, 1, 7]
+    masks = rng.random((50, 12)) < 0.5
+    masks[:, [0, 4, 6]] = True
+    parts = np.split(rng.random(masks.shape) * masks, [4, 5], axis=1)
+    actions = th.as_tensor(np.stack([part.argmax(1) for part in parts], 1))
+    weights = th.as_tensor(rng.normal(size=(2, 50)))
+    found = []
+    for make in (MaskableMultiCategoricalDistribution, QuickMultiCategorical):
+        logits = th.as_tensor(np.random.default_rng(1).normal(size=(50, 12)) * 3).requires_grad_()
+        one = make(sizes).proba_distribution(action_logits=logits * 1.0)
+        one.apply_masking(masks if masked else None)
+        log_prob, entropy = one.log_prob(actions), one.entropy()
+        (weights[0] * log_prob + weights[1] * entropy).sum().backward()
+        found.append([x.detach().numpy() for x in (log_prob, entropy, logits.grad, one.mode())])
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_distribution_of_entries_samples_its_probabilities() -> None:
+    th.manual_seed(0)
+    logits = th.tensor([[0.0, 2.0, 1.0, -1.0, 3.0]]).repeat(200_000, 1)
+    one = QuickMultiCategorical([2, 3]).proba_distribution(logits)
+    one.apply_masking(np.array([[1, 1, 1, 1, 0]], bool).repeat(200_000, 0))
+    sampled = one.sample().numpy()
+    for entry, shares in ((0, np.exp([0, 2])), (1, np.exp([1, -1]))):
+        counts = np.bincount(sampled[:, entry], minlength=2)
+        np.testing.assert_allclose(counts / 200_000, shares / shares.sum(), atol=0.004)
 
 
 def test_distribution_samples_its_probabilities() -> None:
