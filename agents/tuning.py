@@ -257,7 +257,7 @@ def _axes(problem: Problem, requests: Iterable[Requests]) -> dict[str, _Axis]:
     if has("priority", lambda x: x.max() > x.min()):
         axes["priority"] = _Axis(10.0, 2.0)
     if has("predicted_tokens", lambda x: np.isfinite(x).any()):
-        axes["trust"] = _Axis()
+        axes |= {"prompt": _Axis(4.0, 2.0), "trust": _Axis()}
     axes |= {"headroom": _Axis(0.5, 2.0), "margin": _Axis(20.0, 3.0)}
     if budget > 16:
         axes["budget"] = _Tokens(float(budget))

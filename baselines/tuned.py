@@ -25,7 +25,7 @@ from llmsched_env.scheduling.priority_rule import rule_size
 
 __all__ = ["Params", "load", "rule", "save"]
 
-SUMMARY = "A priority rule: least weighted score of KV area, age, slack, lateness and priority first."
+SUMMARY = "A priority rule: least weighted score of KV area, prompt, age, slack, lateness and priority first."
 SOURCE = "ours; the start of the search is `area-backfill`."
 
 
@@ -49,7 +49,9 @@ def save(params: Params, path: str | Path, **about: Any) -> None:
     """Write parameters to a JSON file, whole or not at all; `about` says what they are good for."""
     given = {k: _text(v) for k, v in dataclasses.asdict(params).items()}
     with writing(path) as temporary:
-        temporary.write_text(json.dumps({"params": given, **about}, indent=2, default=str) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps({"params": given, **about}, indent=2, default=str) + "\n", encoding="utf-8"
+        )
 
 
 @family("tuned")

@@ -56,6 +56,7 @@ def random_params(seed: int) -> Params:
 
     return Params(
         area=some(0.0, 2 * g.random()),
+        prompt=some(0.0, 2 * g.random()),
         age=some(0.0, g.random()),
         urgency=some(0.0, 5 * g.random()),
         late=some(0.0, 5 * g.random()),
@@ -94,7 +95,8 @@ def plain(p: Params) -> Callable[[Any], None]:
             known = float(q.prompt + q.generated)
             left = max(1.0, q.predicted - q.generated)
             area = known if math.isnan(q.predicted) else left * known + 0.5 * left * left
-            total = p.area * math.log(area) - p.age * (s.clock - q.arrival) + p.priority * q.priority
+            total = p.area * math.log(area) + p.prompt * math.log(known)
+            total += p.priority * q.priority - p.age * (s.clock - q.arrival)
             if q.ttft_target == INF:
                 return total + p.urgency
             due = q.arrival + q.ttft_target

@@ -28,6 +28,7 @@ class PriorityRule:
 
         area * ln(KV area)    the tokens of KV cache that a request will hold, summed over the output tokens
                               still to come: O*I + O^2/2; of one without a predicted length, its known tokens
+        + prompt * ln(tokens) that are known of it, prompt and answer so far: its prefill
         - age * seconds       since it arrived
         + urgency * slack     the share of its time to first token that is left: 1 at arrival and without
                               a target, 0 when the token is due, and from then on
@@ -35,7 +36,7 @@ class PriorityRule:
         + priority * number   its priority, 0 being the highest
 
     Attributes:
-        area, age (1/s), urgency, late, priority: the weights.
+        area, prompt, age (1/s), urgency, late, priority: the weights.
         trust: share of each predicted length that is taken for sure; an admission has to leave room for as
             much at every coming completion. 0: no such test, as for requests without a predicted length.
         headroom: share of the KV blocks that admissions leave free, unless the engine is idle.
@@ -48,6 +49,7 @@ class PriorityRule:
     """
 
     area: float = 1.0
+    prompt: float = 0.0
     age: float = 0.0
     urgency: float = 0.0
     late: float = 0.0
@@ -79,8 +81,8 @@ class PriorityRule:
                 raise InputError(f"priority rule: {name} must be from {least:g} to {most:g}, not {value:g}")
 
 
-_WEIGHTS = ("area", "age", "urgency", "late", "priority")
-_AREA, _AGE, _URGENCY, _LATE, _PRIORITY, _TRUST, _HEADROOM, _MARGIN, _BUDGET, _PACE = range(10)
+_WEIGHTS = ("area", "prompt", "age", "urgency", "late", "priority")
+_AREA, _PROMPT, _AGE, _URGENCY, _LATE, _PRIORITY, _TRUST, _HEADROOM, _MARGIN, _BUDGET, _PACE = range(11)
 
 
 def rule_size(num_requests: int, num_clients: int) -> int:
@@ -117,7 +119,8 @@ def score(e: Engine, r: int) -> float:
     else:
         coming = max(1.0, q.predicted - q.generated)
         area = coming * known + 0.5 * coming * coming
-    value = x[_AREA] * np.log(area) - x[_AGE] * (s.clock - q.arrival) + x[_PRIORITY] * q.priority
+    value = x[_AREA] * np.log(area) + x[_PROMPT] * np.log(known)
+    value += x[_PRIORITY] * q.priority - x[_AGE] * (s.clock - q.arrival)
     slack = 1.0
     if q.ttft_target < np.inf:
         slack = 0.0
