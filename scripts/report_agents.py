@@ -1,0 +1,182 @@
+"""What agents learned: trains what is not trained yet, and prints every table.
+
+    python scripts/report_agents.py [train] [control] [rivals] [gap] [matrix] [ablations]
+        [--runs runs] [--seeds 5] [--episodes 48] [--jobs 2] [--json FILE]
+
+Without names all parts. A part that needs runs (RUNS/CONFIGURATION/seed-N) trains those that are missing. Every
+figure is over all seeds and over held-out episodes, the same for all policies, with 95 % intervals; differences
+are paired by episode.
+
+    train      all presets
+    control    lengths known, mean latency: against area-backfill and an untrained network
+    rivals     requests in time: against every named scheduler that knows as much, and the tuned rule
+    gap        mean latency: the share of the way from vLLM V1 to the best known schedules
+    matrix     what was trained on one scenario, on the others; at other loads, on other GPUs, with other
+               predictions of lengths
+    ablations  network, masks, teacher, leave-one-out baseline
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import baselines
+from agents.cluster import train_all
+from agents.comparison import Comparison, compare, matrix
+from agents.config import Config, preset_names
+from agents.tuning import tune
+from llmsched_env.errors import InputError
+
+RIVALS = ("azure-code", "slo-mix", "priorities", "azure-conv")
+PARTS = ("train", "control", "rivals", "gap", "matrix", "ablations")
+
+
+class Report:
+    """Runs in a folder, and what is said of them."""
+
+    def __init__(self, runs: Path, seeds: int, episodes: int, jobs: int) -> None:
+        self.runs, self.seeds, self.episodes, self.jobs = runs, seeds, episodes, jobs
+
+    def trained(self, name: str, config: Config) -> str:
+        """The policy that a configuration became, over all seeds; trained if it is not."""
+        configs = {f"{name}/seed-{seed}": config.replace(seed=seed) for seed in range(self.seeds)}
+        train_all(configs, self.runs, jobs=self.jobs)
+        return ",".join(str(self.runs / of) for of in configs)
+
+    def untrained(self, name: str) -> str:
+        """The same with fresh weights."""
+        return ",".join(f"untrained:{self.runs / name / f'seed-{seed}'}" for seed in range(self.seeds))
+
+    # -------------------------------------------------------------------- parts
+
+    def train(self) -> Iterator[Comparison]:
+        for name in preset_names():
+            self.trained(name, Config.preset(name))
+        yield from ()
+
+    def control(self) -> Iterator[Comparison]:
+        name = "known-lengths"
+        policies = {"trained": self.trained(name, Config.preset(name)), "untrained": self.untrained(name)}
+        for rival in ("area-backfill", "svf", "vllm-v1"):
+            policies[rival] = rival
+        options = {"length_info": "oracle", "baseline": "area-backfill"}
+        yield compare(policies, "azure-conv", self.episodes, **options)
+
+    def rivals(self) -> Iterator[Comparison]:
+        for name in RIVALS:
+            config = Config.preset(name)
+            path = self.runs / f"tuned-{name}.json"
+            if not path.exists():  # in about as many episodes as a training has
+                tune(config.scenario, metric=config.metric, budget=4000).save(path)
+            policies = {
+                "trained": self.trained(name, config),
+                "untrained": self.untrained(name),
+                "tuned rule": f"tuned:{path}",
+                "vllm-v1": "vllm-v1",
+            }
+            best = strongest(config, self.episodes)
+            policies |= {rival: rival for rival in best if rival != "vllm-v1"}
+            for baseline in (best[0], "tuned rule"):
+                yield compare(
+                    policies, config.scenario, self.episodes, metric=config.metric, baseline=baseline
+                )
+
+    def gap(self) -> Iterator[Comparison]:
+        for name in RIVALS:
+            policies = {"trained for goodput": self.trained(name, Config.preset(name)), "vllm-v1": "vllm-v1"}
+            for rival in ("area-backfill", "sjf-prompt", "rank-i", "srpt"):
+                policies[rival] = rival
+            yield compare(policies, name, 16)  # the episodes that carry a reference
+
+    def matrix(self) -> Iterator[Any]:
+        policies = {f"of {name}": self.trained(name, Config.preset(name)) for name in RIVALS}
+        policies |= {"vllm-v1": "vllm-v1", "rank-i": "rank-i", "sjf-prompt": "sjf-prompt"}
+        episodes = max(8, self.episodes // 3)
+        yield matrix(policies, RIVALS, num_episodes=episodes, metric="goodput")
+        for key, values in (
+            ("load", [0.7, 0.9, 1.3]),
+            ("profile", ["a100-llama3-8b", "h100-llama3-8b"]),
+            ("prediction", ["oracle", "lognormal:0.5", "lognormal:1.0"]),
+        ):
+            yield matrix(policies, ["azure-conv"], {key: values}, episodes, metric="goodput")
+
+    def ablations(self) -> Iterator[Comparison]:
+        base = Config.preset("slo-mix").replace(steps=300_000)
+        lanes = {"lanes_per_trace": 8, "fresh": True, "n_steps": 512, "num_envs": 64}
+        cases: dict[str, dict[str, Any]] = {
+            "as preset, half the steps": {},
+            "mlp": {"network": "mlp"},
+            "attention": {"network": "attention"},
+            "no masks": {"algo": "ppo"},
+            "teacher": {"teacher": "edf"},
+            "fresh lanes": {**lanes, "lanes_per_trace": 1},
+            "leave-one-out": lanes,
+        }
+        policies = {
+            label: self.trained(
+                f"ablation-{label.replace(' ', '-').replace(',', '')}", base.replace(**changes)
+            )
+            for label, changes in cases.items()
+        }
+        yield compare(policies, base.scenario, self.episodes, metric=base.metric)
+
+
+def strongest(config: Config, episodes: int) -> list[str]:
+    """The three named schedulers that do best there with the same information, on validation episodes."""
+    from agents.evaluation import VALIDATION_SEED
+
+    found = compare(
+        [name for name in baselines.names() if name != "random-feasible"],
+        config.scenario,
+        episodes,
+        seed=VALIDATION_SEED,
+        metric=config.metric,
+    )
+    rows = [row for row in found.rows if row.finished == 1.0]
+    return [row.policy for row in sorted(rows, key=lambda row: -row.improvement.value)[:3]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", metavar="part")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--episodes", type=int, default=48)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    for part in options.parts:
+        if part not in PARTS:
+            raise InputError(f"unknown part {part!r}; parts are {', '.join(PARTS)}")
+    report = Report(options.runs, options.seeds, options.episodes, options.jobs)
+    told: dict[str, list[Any]] = {}
+    for part in options.parts or PARTS:
+        for found in getattr(report, part)():
+            print_table(found)
+            told.setdefault(part, []).append(found.to_dict())
+            if options.json:
+                options.json.write_text(json.dumps(told))
+    return 0
+
+
+def print_table(found: Any) -> None:
+    """In lines as long as they need to be."""
+    from rich.console import Console
+
+    Console(width=180).print(found.table())
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
