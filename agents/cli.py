@@ -72,7 +72,8 @@ def _complain(message: str) -> int:
 @app.command("list")
 def list_(
     what: Annotated[
-        str | None, typer.Argument(help="schedulers, workloads, profiles or scenarios; all when left out")
+        str | None,
+        typer.Argument(help="schedulers, workloads, profiles, scenarios, presets or pretrained; else all"),
     ] = None,
 ) -> None:
     """List what there is by name."""
@@ -83,6 +84,8 @@ def list_(
         "workloads": _workloads,
         "profiles": _profiles,
         "scenarios": _scenarios,
+        "presets": _presets,
+        "pretrained": _pretrained,
     }
     if what is not None and what not in kinds:
         raise unknown("list", what, kinds)
@@ -126,6 +129,22 @@ def _scenarios() -> Iterator[tuple[str, ...]]:
             rate = scenario.workload.rate_rps()
             load = f"{rate:.3g}/s" if math.isfinite(rate) else "at once"
         yield name, str(scenario.num_requests), load, profile, scenario.summary
+
+
+def _presets() -> Iterator[tuple[str, ...]]:
+    from agents.config import Config, preset_names
+
+    for name in preset_names():
+        found = Config.preset(name)
+        yield name, f"{found.steps:,} decisions of {found.scenario} in {found.env} for {found.metric}"
+
+
+def _pretrained() -> Iterator[tuple[str, ...]]:
+    from agents.agent import Agent, pretrained_names
+
+    for name in pretrained_names():
+        found = Agent.pretrained(name)
+        yield name, f"acts in {found.env_id} on {found.scenario}, trained for {found.metric}"
 
 
 # -- profiles

@@ -1,6 +1,7 @@
 """The tuned rule: a priority rule whose numbers were found by search (`agents.tuning`), in a JSON file.
 
     scheduler = baselines.get("tuned:mine.json")
+    scheduler = baselines.get("tuned:slo-mix-goodput")  # one that ships with the package, see `names`
     scheduler = tuned.rule(tuned.Params(area=0.5, urgency=2.0))
 
 A file holds `{"params": {...}}` with the attributes of `Params` that are not as by default, and whatever else
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from llmsched_env.scheduling import Routine, Scheduler, Settings
 from llmsched_env.scheduling.priority_rule import PriorityRule as Params
 from llmsched_env.scheduling.priority_rule import rule_size
 
-__all__ = ["Params", "load", "rule", "save"]
+__all__ = ["Params", "load", "names", "rule", "save"]
 
 SUMMARY = "A priority rule: least weighted score of KV area, prompt, age, slack, lateness and priority first."
 SOURCE = "ours; the start of the search is `area-backfill`."
@@ -54,13 +56,24 @@ def save(params: Params, path: str | Path, **about: Any) -> None:
         )
 
 
+_SHIPPED = resources.files("baselines") / "rules"
+
+
+def names() -> list[str]:
+    """Rules that ship with the package: of a scenario, for a metric, as `llmsched tune` found them."""
+    return sorted(f.name.removesuffix(".json") for f in _SHIPPED.iterdir() if f.name.endswith(".json"))
+
+
 @family("tuned")
 def load(path: str) -> Scheduler:
-    """The rule with the parameters of a JSON file that `save` wrote.
+    """The rule with the parameters of a JSON file that `save` wrote, or by a name that ships.
 
     Raises:
         InputError: names the file and what is wrong with it.
     """
+    if path in names() and not Path(path).exists():
+        with resources.as_file(_SHIPPED / f"{path}.json") as file:
+            return rule(read(file), name=f"tuned:{path}")
     return rule(read(path), name=f"tuned:{path}")
 
 

@@ -448,6 +448,10 @@ def test_train_evaluate_watch(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert said["steps"] == 512 and said["metric"] == "latency_s"
     assert main(["train", "--run", run, "--resume"]) == 0  # there is nothing left to do
     capsys.readouterr()
+    policies = ["--policy", "vllm-v1", "--policy", run, "--policy", f"untrained:{run}"]
+    assert main(["evaluate", *policies, "--scenario", "toy", "--episodes", "4", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["policies"]
+    assert [row["policy"] for row in rows][:2] == ["vllm-v1", "run"] and len(rows) == 3
     assert main(["watch", run, "--output", str(tmp_path / "end.png")]) == 0
     assert (tmp_path / "end.png").read_bytes().startswith(b"\x89PNG")
     assert main(["train", "--run", run, "--resume", "--steps", "9"]) == 2
