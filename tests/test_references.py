@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import baselines
-from llmsched_env import InputError, scenarios
+from llmsched_env import InputError, scenarios, simulate
 from llmsched_env.scenarios import Reference
 
 DECISION = "llmsched/Decision-v0"
@@ -115,3 +115,21 @@ def test_score() -> None:
     assert ROWS[0].score(6.0) == -1.0
     assert math.isnan(Reference(1.0).score(1.0))
     assert math.isnan(Reference(1.0, vllm_v1=1.0).score(1.0))
+
+
+SHIPPED = [name for name in scenarios.names() if name != "toy" and scenarios.get(name).references]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped(name: str) -> None:
+    """Each is of the episode that its seed draws, and vLLM V1 does there what it says."""
+    problem = scenarios.get(name).resolve()
+    assert [row.seed for row in problem.scenario.references] == list(range(1_000_000, 1_000_016))
+    for row in problem.scenario.references:
+        assert 0 < row.bound <= row.best_known < row.vllm_v1
+    row = problem.scenario.references[-1]
+    requests = problem.first_episode(row.seed)
+    result = simulate(requests, baselines.get("vllm-v1"), problem.profile, problem.engine)
+    assert (result.finish_s - requests.arrival_s).mean() == pytest.approx(row.vllm_v1)
+    _, info = gym.make(DECISION, scenario=name).reset(seed=row.seed)
+    assert info["reference"] == row.summary()
