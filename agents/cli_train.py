@@ -36,6 +36,18 @@ def train(
             "scenario; repeatable",
         ),
     ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="0,1,2",
+            help="a training with each of these seeds, in RUN/seed-0, ...; those that were begun go on",
+        ),
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="of these at a time")] = 1,
+    use_ray: Annotated[bool, typer.Option("--ray", help="make these on Ray: one of JOBS cores here")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="or on the Ray cluster at this address; auto: the one of this machine")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end")] = False,
 ) -> int:
     """Train an agent. Stop it at any moment (Ctrl-C); --resume goes on as if it had not been stopped."""
@@ -47,6 +59,10 @@ def train(
     given = {"scenario": scenario, "env": env, "algo": algo, "steps": steps, "seed": seed}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     changes |= {name: _value(value) for name, value in _pairs("--set", settings)}
+    if seeds is None and (jobs != 1 or use_ray or address is not None):
+        raise InputError("--jobs, --ray and --address are for several trainings; say which: --seeds 0,1,2")
+    if seeds is not None and (resume or "seed" in changes):
+        raise InputError("with --seeds leave out --seed, and --resume: the same command again goes on")
     if resume:
         if run is None:
             raise InputError("say which run to go on with: --run DIR --resume")
@@ -62,7 +78,10 @@ def train(
         else:
             settled = Config.of_scenario(changes.pop("scenario", "toy"))
         settled = settled.replace(**changes)
-        folder = run or Path("runs") / f"{Path(settled.scenario).stem}-{settled.seed}"
+        if seeds is not None:
+            where = {"jobs": jobs, "use_ray": use_ray, "address": address}
+            return _train_all(settled, _numbers(seeds), run or _folder(settled), where, as_json)
+        folder = run or _folder(settled).with_name(f"{_folder(settled).name}-{settled.seed}")
     if not as_json:
         print(f"{folder}: {settled.steps:,} decisions of {settled.scenario} in {settled.env}", flush=True)
     with _bar(settled, as_json) as show:
@@ -75,24 +94,80 @@ def train(
         except training.Diverged as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-    last = done.read_rows("validation")[-1]
-    summary = {
-        "run": str(folder),
-        "agent": str(folder / "agent"),
-        "steps": int(last["steps"]),
-        "metric": settled.metric,
-        **{name: float(last[name]) for name in (settled.metric, "vllm_v1", "gain")},
-    }
     if as_json:
-        print(json.dumps(summary))
+        print(json.dumps(_summary(done)))
     else:
-        print(
-            f"{summary['metric']} on validation episodes: {summary[settled.metric]:.4g}, vLLM V1 "
-            f"{summary['vllm_v1']:.4g} ({100 * float(summary['gain']):+.1f} % better)"  # type: ignore[arg-type]
-        )
+        print(_line(done))
         print(f"compare: llmsched evaluate --policy vllm-v1 --policy {folder} --scenario {settled.scenario}")
         print(f"look:    tensorboard --logdir {folder}; llmsched watch {folder}")
     return 0
+
+
+def _train_all(config: Any, seeds: list[int], folder: Path, where: dict[str, Any], as_json: bool) -> int:
+    """A training with each seed."""
+    from agents.cluster import Failed, sweep, train_all
+    from agents.runs import Run
+
+    configs, failures = sweep(config, seeds=seeds), {}
+    if not as_json:
+        print(
+            f"{folder}: {len(configs)} trainings of {config.steps:,} decisions of {config.scenario} in "
+            f"{config.env}",
+            flush=True,
+        )
+    try:
+        runs = train_all(configs, folder, progress=None if as_json else _Lines(config.metric), **where)
+    except Failed as error:
+        failures = error.failures
+        runs = [Run(folder / name, configs[name]) for name in error.done]
+    if as_json:
+        print(json.dumps({"runs": [_summary(run) for run in runs], "failures": failures}))
+    else:
+        for run in runs:
+            print(f"{run.folder}: {_line(run)}")
+    for name, why in failures.items():
+        print(f"error: {folder / name}: {why}", file=sys.stderr)
+    if runs and not as_json:
+        learned = ",".join(str(run.folder) for run in runs) if failures else folder / "seed-*"
+        policies = f'--policy vllm-v1 --policy "learned={learned}"'
+        print(f"compare: llmsched evaluate {policies} --scenario {config.scenario}")
+        print(f"look:    tensorboard --logdir {folder}")
+    return 1 if failures else 0
+
+
+def _folder(config: Any) -> Path:
+    """Of a run for which none was given."""
+    return Path("runs") / Path(config.scenario).stem
+
+
+def _numbers(text: str) -> list[int]:
+    from llmsched_env.errors import InputError
+
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--seeds takes whole numbers with commas between, not {text!r}") from None
+
+
+def _summary(run: Any) -> dict[str, Any]:
+    """What has come of a run."""
+    last = run.read_rows("validation")[-1]
+    metric = run.config.metric
+    return {
+        "run": str(run.folder),
+        "agent": str(run.folder / "agent"),
+        "steps": int(last["steps"]),
+        "metric": metric,
+        **{name: float(last[name]) for name in (metric, "vllm_v1", "gain")},
+    }
+
+
+def _line(run: Any) -> str:
+    said = _summary(run)
+    return (
+        f"{said['metric']} on validation episodes: {said[said['metric']]:.4g}, vLLM V1 {said['vllm_v1']:.4g} "
+        f"({100 * said['gain']:+.1f} % better)"
+    )
 
 
 class _bar:
@@ -117,16 +192,35 @@ class _bar:
         self._bar.stop()
 
     def _show(self, now: Any) -> None:
-        said = f"{now.steps:,} decisions, {now.rate:,.0f}/s, {_minutes(now.left_s)} left"
-        if not math.isnan(now.metric):
-            said += f", {self._name} {now.metric:.4g}"
-        if not math.isnan(now.validated):
-            said += f", best validated {now.validated:.4g} (vLLM V1 {now.baseline:.4g})"
+        said = _standing(now, self._name)
         if self._terminal:
             self._bar.update(self._task, completed=now.steps, said=said)
         elif not self._quiet and now.steps / now.total >= self._told:
             self._told = now.steps / now.total + 0.1
             print(said, file=sys.stderr, flush=True)
+
+
+class _Lines:
+    """A line now and then for each of several trainings, from the processes that train."""
+
+    def __init__(self, metric: str) -> None:
+        self._metric = metric
+        self._told: dict[str, float] = {}
+
+    def __call__(self, name: str, now: Any) -> None:
+        if now.steps / now.total >= self._told.get(name, 0.0):
+            self._told[name] = now.steps / now.total + 0.1
+            print(f"{name}: {_standing(now, self._metric)}", file=sys.stderr, flush=True)
+
+
+def _standing(now: Any, metric: str) -> str:
+    """How a training stands."""
+    said = f"{now.steps:,} decisions, {now.rate:,.0f}/s, {_minutes(now.left_s)} left"
+    if not math.isnan(now.metric):
+        said += f", {metric} {now.metric:.4g}"
+    if not math.isnan(now.validated):
+        said += f", best validated {now.validated:.4g} (vLLM V1 {now.baseline:.4g})"
+    return said
 
 
 def _minutes(seconds: float) -> str:
