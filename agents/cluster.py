@@ -23,6 +23,7 @@ import os
 import pickle
 import re
 import signal
+import socket
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -281,7 +282,7 @@ def spread(
         jobs: how many at a time on this machine.
         use_ray: as Ray tasks of one core each.
         address: of the Ray cluster, or "auto", the one of this machine; it makes as many at a time as it has
-            cores. None: a Ray of `jobs` cores is started for this.
+            cores, and may ask for a token (RAY_AUTH_MODE). None: a Ray of `jobs` cores is started for this.
         progress: called with the number of calls that have ended, after each.
 
     Returns:
@@ -404,10 +405,17 @@ def _connected(ray: Any, jobs: int, address: str | None) -> Iterator[None]:
         yield
         return
     options = {"num_cpus": jobs, "include_dashboard": False} if address is None else {}
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
     try:
+        if port.isdigit():  # Ray would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address or "local", logging_level="error", **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InputError(f"there is no Ray at {address or 'hand'}: {' '.join(str(error).split())}") from None
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise InputError(
+            f"cannot connect to Ray at {address or 'hand'}: {why} (if it asks for a token: RAY_AUTH_MODE, in "
+            "the documentation of Ray)"
+        ) from None
     try:
         yield
     finally:
