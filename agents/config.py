@@ -58,6 +58,8 @@ class Config:
             takes alone); inf: no discount.
         teacher: a scheduler's name, or "optimum" for small episodes: the network first learns to act as it
             does, in `teacher_episodes` episodes, `teacher_epochs` times; "": none.
+        stagger: decisions of each lane before the first is learned from, in which it begins anew at a random
+            one: as many as an episode has, so that lanes are in all its parts.
         segment: updates between checkpoints.
         fresh: whether all lanes begin new episodes at each checkpoint, as they have to where they share
             traces; let `n_steps` be those of some episodes then, or all are at their beginnings together.
@@ -95,6 +97,7 @@ class Config:
     teacher: str = ""
     teacher_episodes: int = 64
     teacher_epochs: int = 4
+    stagger: int = 0
     segment: int = 10
     fresh: bool = False
     validation_episodes: int = 32
@@ -248,6 +251,7 @@ _LEAST = {
     "epochs": 1,
     "teacher_episodes": 1,
     "teacher_epochs": 1,
+    "stagger": 0,
     "segment": 1,
     "validation_episodes": 1,
 }

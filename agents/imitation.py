@@ -16,7 +16,7 @@ from agents.sb3_policies import NetPolicy
 from llmsched_env.errors import InputError
 
 _WORTH = 0.5  # weight of the error in the value beside that in the actions
-_RATE = 1e-3
+_RATE = 2e-3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -182,6 +182,26 @@ class SchedulingPPO(MaskablePPO):
         self._last_episode_starts = np.ones(env.num_envs, np.bool_)
         self._rescale(np.ones(env.num_envs, np.bool_))
 
+    def stagger(self, steps: int, rng: np.random.Generator) -> None:
+        """Let the policy play so many steps, each lane beginning anew at a random one of them: episodes are
+        long, and else all lanes would be at their beginnings at the same time."""
+        env: Any = self.env
+        venv = env.venv.unwrapped
+        at = rng.integers(steps, size=env.num_envs)
+        seen = self._last_obs
+        for t in range(steps):
+            masks = env.action_masks() if self.use_masks else None
+            with th.no_grad():
+                actions, _, _ = self.policy(th.as_tensor(seen), action_masks=masks)
+            seen = env.step(actions.numpy())[0]
+            now = at == t
+            if now.any():
+                venv.reset(options={"reset_mask": now})
+                seen = venv.fleet.bank.observation.copy()
+        self._last_obs = seen
+        self._last_episode_starts = np.zeros(env.num_envs, np.bool_)
+        self._rescale(np.ones(env.num_envs, np.bool_))
+
     def go_on(self, seen: Any, lanes: Mapping[str, NDArray[Any]]) -> None:
         """Go on in the middle of episodes: what is seen, and `scales` and `starts` as they were."""
         self._last_obs = seen.copy()

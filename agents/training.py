@@ -208,7 +208,7 @@ class Trainer:
                 self.policy,
                 shown,
                 epochs=config.teacher_epochs,
-                batch_size=min(config.batch_size, 512),
+                batch_size=min(config.batch_size, 1024),
                 seed=config.seed,
             )
             board.add_scalar("imitation/same_actions", same, 0)
@@ -224,6 +224,8 @@ class Trainer:
             groups = config.num_envs // config.lanes_per_trace
             model.begin(_SEEDS + rng.integers(_SEEDS, size=groups), load)
             self._loaded = load
+            if config.stagger and not config.fresh:
+                model.stagger(config.stagger, rng)
         callback = ConvertCallback(None)
         callback.init_callback(model)
         for _ in range(min(config.segment, config.updates - self._updates)):

@@ -287,6 +287,7 @@ def test_a_run_leaves_what_it_did(whole: Run) -> None:
     "config",
     [
         TINY,
+        TINY.replace(stagger=20),
         TINY.replace(teacher="vllm-v1", lanes_per_trace=4, fresh=True),
         TINY.replace(
             reward_scale="trace", curriculum=((0.0, 0.5), (0.6, 1.0)), scenario="azure-conv", num_requests=12
