@@ -20,7 +20,7 @@ import zlib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -231,7 +231,7 @@ class Agent:
         except OSError as error:
             raise InputError(f"cannot make {folder}: {error.strerror or error}") from None
         with writing(folder / _FILES[1]) as path, open(path, "wb") as file:
-            np.savez_compressed(file, **self.weights)
+            np.savez_compressed(file, **cast(Any, self.weights))
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del fields["weights"]
         with writing(folder / _FILES[0]) as path:
@@ -267,7 +267,8 @@ def weights_of(network: Any) -> dict[str, Array]:
 
 def describe(spec: Spec) -> dict[str, Any]:
     """A network's `Spec` as agent.json has it."""
-    return json.loads(json.dumps(dataclasses.asdict(spec)))  # type: ignore[no-any-return]
+    said: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(spec)))
+    return said
 
 
 def _relu(x: Array) -> Array:

@@ -162,7 +162,7 @@ class SchedulingPPO(MaskablePPO):
         self.discount_rate, self.group, self.use_masks, self.scale = discount_rate, group, use_masks, scale
         self.finished: dict[str, list[float]] = {}
         self.shares: NDArray[np.int64] = np.zeros(0, np.int64)
-        self._scales = np.ones(env.num_envs)
+        self._scales: NDArray[np.float64] = np.ones(env.num_envs)
         super().__init__(
             policy,
             env,

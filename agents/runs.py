@@ -205,7 +205,8 @@ def _read(path: Path) -> Checkpoint:
             raise ValueError(f"{name} is not as it was written")
         with open(path / name, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             found.append({key: arrays[key] for key in arrays.files})
-    return Checkpoint(*found, state=state)
+    weights, optimizer, lanes = found
+    return Checkpoint(weights, optimizer, lanes, state)
 
 
 def versions() -> dict[str, Any]:

@@ -176,7 +176,7 @@ class Trainer:
             self._restore(checkpoint)
         steps = self.model.num_timesteps
         for table in ("metrics", "validation"):
-            run.drop_rows(table, steps)
+            run.drop_rows(table, steps if checkpoint else -1)
         board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=steps + 1 if checkpoint else None)
         try:
             if checkpoint is None:
@@ -409,7 +409,7 @@ class Trainer:
         for key, values in self.model.policy.optimizer.state_dict()["state"].items():
             for name, value in values.items():
                 arrays[f"{key}/{name}"] = np.asarray(value)
-        state = {
+        state: dict[str, Any] = {
             "steps": self.model.num_timesteps,
             "updates": self._updates,
             "best": None if math.isnan(self._best) else self._best,
@@ -458,14 +458,14 @@ class Trainer:
             return
         last = run.checkpoints()
         what = (
-            f"its entropy has been below {_ENTROPY:g} nats for {_PATIENCE} updates: it tries nothing else any "
+            f"entropy has been below {_ENTROPY:g} nats for {_PATIENCE} updates: it tries nothing else any "
             "more; raise entropy or lower learning_rate if it should"
             if finite
             else "its loss or weights are not finite; lower learning_rate"
         )
         raise Diverged(
-            f"training stopped at {self.model.num_timesteps:,} decisions: {what}. The last good checkpoint is "
-            f"{last[-1] if last else 'none'}, the best agent {run.folder / 'agent'}"
+            f"training stopped at {self.model.num_timesteps:,} decisions: {what}. The last good checkpoint "
+            f"is {last[-1] if last else 'none'}, the best agent {run.folder / 'agent'}"
         )
 
 

@@ -3,9 +3,9 @@
     python scripts/report_agents.py [train] [control] [rivals] [gap] [matrix] [ablations]
         [--runs runs] [--seeds 5] [--episodes 48] [--jobs 2] [--json FILE]
 
-Without names all parts. A part that needs runs (RUNS/CONFIGURATION/seed-N) trains those that are missing. Every
-figure is over all seeds and over held-out episodes, the same for all policies, with 95 % intervals; differences
-are paired by episode.
+Without names all parts. A part that needs runs (RUNS/CONFIGURATION/seed-N) trains those that are missing.
+Every figure is over all seeds and over held-out episodes, the same for all policies, with 95 % intervals;
+differences are paired by episode.
 
     train      all presets
     control    lengths known, mean latency: against area-backfill and an untrained network
@@ -64,8 +64,7 @@ class Report:
         policies = {"trained": self.trained(name, Config.preset(name)), "untrained": self.untrained(name)}
         for rival in ("area-backfill", "svf", "vllm-v1"):
             policies[rival] = rival
-        options = {"length_info": "oracle", "baseline": "area-backfill"}
-        yield compare(policies, "azure-conv", self.episodes, **options)
+        yield compare(policies, "azure-conv", self.episodes, baseline="area-backfill", length_info="oracle")
 
     def rivals(self) -> Iterator[Comparison]:
         for name in RIVALS:

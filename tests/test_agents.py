@@ -258,10 +258,8 @@ def test_bad_files_are_refused(tmp_path: Path, text: str) -> None:
 
 # ---------------------------------------------------------------------- training
 
-TINY = Config(
-    "toy", steps=6 * 8 * 32, num_envs=8, n_steps=32, batch_size=64, epochs=2, segment=2, validation_episodes=4,
-    width=16, slot_width=8,
-)  # fmt: skip
+SIZES = {"num_envs": 8, "n_steps": 32, "batch_size": 64, "epochs": 2, "width": 16, "slot_width": 8}
+TINY = Config("toy", steps=6 * 8 * 32).replace(**SIZES, segment=2, validation_episodes=4)
 
 
 @pytest.fixture(scope="module")
