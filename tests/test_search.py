@@ -75,6 +75,16 @@ def test_equals_trying_everything_at_length(seed: int) -> None:
     assert found.objective == pytest.approx(optimal_oracle.optimum(made), rel=1e-9), made.to_json()
 
 
+def test_recomputing_passes_the_time_where_waiting_is_not_allowed() -> None:
+    """Longer iterations let later requests join earlier ones. (CP-SAT finds the same.)"""
+    rows = [[0, 20, 4], [403, 8, 4], [751, 17, 4], [803, 17, 4]]
+    cost = {"form": "linear", "c0": 100, "c1": 2, "c2": 2, "c3": 1}
+    made = Instance.of(rows, 57, 64, cost, allow=["preempt"], objective="makespan")
+    found = search(made)
+    assert (found.status, found.objective) == ("optimal", 1412.0)
+    assert found.result().preemptions_total == 4
+
+
 def test_ten_requests_are_proved_and_replay() -> None:
     made = instance.mixed(10, 4)
     found = search(made)

@@ -765,12 +765,13 @@ def _batches(
     """Add the label of every batch of the `count` requests present that may begin at `t`.
 
     One that the engine has waited for has a request that has just arrived; without, it could have begun
-    before.
+    before. Where it may not wait and somebody is still to come, recomputing in place of a decode is a way to.
     """
     s = rules.s
     no, yes = np.int64(0), np.int64(1)
     phase, child, row = scratch.phase, scratch.child, scratch.depth
     f = labels.of[label].f
+    refill = s.refill_pays or (not s.idle and rules.request[s.requests - 1].arrival > t)
     for i in range(s.requests):
         child[i] = phase[i]
         scratch.begun[i] = 0
@@ -797,7 +798,7 @@ def _batches(
         i = row[depth].present
         row[depth].choice += 1
         scratch.begun[i] = 0
-        if not _choose(rules, scratch, depth, i, phase[i], row[depth].choice):
+        if not _choose(rules, scratch, depth, i, phase[i], row[depth].choice, refill):
             child[i] = phase[i]
             depth -= 1
             continue
@@ -815,9 +816,15 @@ def _batches(
 
 
 @njit
-def _choose(rules: Rules, scratch: Scratch, depth: int, i: int, phase: int, choice: int) -> bool:
+def _choose(
+    rules: Rules, scratch: Scratch, depth: int, i: int, phase: int, choice: int, refill: bool
+) -> bool:
     """Write into depth + 1 what choice number `choice` for request i makes of the batch; False: there are no
-    more choices. Choices that the limits forbid are passed over."""
+    more choices. Choices that the limits forbid are passed over.
+
+    Args:
+        refill: whether to recompute everything in place of a decode is a choice.
+    """
     s = rules.s
     q = rules.phase[i * s.phases + phase]
     known = rules.request[i].prompt + q.generated
@@ -853,8 +860,8 @@ def _choose(rules: Rules, scratch: Scratch, depth: int, i: int, phase: int, choi
                 tokens, drop = choice - first, True
                 most = 0
                 if s.chunk:
-                    most = min(known if s.refill_pays else known - 1, room)
-                elif s.refill_pays:
+                    most = min(known if refill else known - 1, room)
+                elif refill:
                     most = 1
                 if not s.preempt or tokens > most:
                     return False
