@@ -7,9 +7,10 @@ import importlib.util
 import math
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
-from baselines.optimal.instance import Instance
+from baselines.optimal.instance import Instance, mixed
 from baselines.optimal.solution import Solution
 from llmsched_env.errors import InputError, unknown
 
@@ -39,7 +40,7 @@ def solve(
 
     Args:
         method: of `METHODS`.
-        time_limit_s: wall seconds, about.
+        time_limit_s: wall seconds, about; without those of compiling, at the first call of a version.
         seed: of what is drawn by lot.
         progress: called a few times a second with what there is to tell: method, seconds, objective, bound.
 
@@ -51,9 +52,21 @@ def solve(
     number = isinstance(time_limit_s, int | float) and not isinstance(time_limit_s, bool)
     if not (number and time_limit_s > 0):
         raise InputError(f"time_limit_s must be positive seconds, not {time_limit_s!r}")
+    _compile(method == "astar" or (method == "auto" and _is_small(instance)))
     if method != "auto":
         return _Run(instance, seed, progress).stage(method, time_limit_s)
     return _auto(instance, time_limit_s, _Run(instance, seed, progress))
+
+
+@cache
+def _compile(exact: bool) -> None:
+    """What the methods run: up to a minute at the first time, a second from the cache."""
+    from baselines.optimal.improve import warm_up
+    from baselines.optimal.search import search
+
+    warm_up()
+    if exact:
+        search(mixed(2, 0))
 
 
 def _auto(instance: Instance, time_limit_s: float, run: _Run) -> Solution:
