@@ -162,6 +162,7 @@ class SchedulingPPO(MaskablePPO):
         self.discount_rate, self.group, self.use_masks, self.scale = discount_rate, group, use_masks, scale
         self.finished: dict[str, list[float]] = {}
         self.shares: NDArray[np.int64] = np.zeros(0, np.int64)
+        self._first: NDArray[np.int64] = np.zeros(env.num_envs, np.int64)  # episodes begun before `begin`
         self._scales: NDArray[np.float64] = np.ones(env.num_envs)
         super().__init__(
             policy,
@@ -180,6 +181,7 @@ class SchedulingPPO(MaskablePPO):
         env._seeds = [int(seed) for seed in seeds for _ in range(self.group)]
         self._last_obs = env.reset()
         self._last_episode_starts = np.ones(env.num_envs, np.bool_)
+        self._first = env.venv.unwrapped.fleet.bank.lane["begun"].copy()  # type: ignore[attr-defined]
         self._rescale(np.ones(env.num_envs, np.bool_))
 
     def stagger(self, steps: int, rng: np.random.Generator) -> None:
@@ -235,7 +237,7 @@ class SchedulingPPO(MaskablePPO):
             if masks is not None:
                 masks = masks.copy()  # the step writes over them
             rollout_buffer.clocks[t] = bank.s["clock"]
-            rollout_buffer.episodes[t] = bank.lane["begun"]
+            rollout_buffer.episodes[t] = bank.lane["begun"] - self._first
             seen, rewards, dones, infos = env.step(chosen)
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())

@@ -199,7 +199,7 @@ class Trainer:
                 config.env,
                 config.scenario,
                 config.teacher_episodes,
-                seed=_SEEDS + config.seed,
+                seed=_SEEDS + 2**20 * config.seed,
                 discount_rate=self.rate,
                 scale=self.model.scale,
                 **self.options,
@@ -234,7 +234,8 @@ class Trainer:
             model.shares[:] = 0
             model.collect_rollouts(self.env, callback, model.rollout_buffer, config.n_steps)
             collected = time.perf_counter()
-            model._update_current_progress_remaining(model.num_timesteps, config.updates * config.rollout)
+            before = model.num_timesteps - config.rollout  # a rate of 0 would waste the last update
+            model._update_current_progress_remaining(before, config.updates * config.rollout)
             model.train()
             self._updates += 1
             passed = time.perf_counter() - start
@@ -472,7 +473,16 @@ class Trainer:
 _EPISODE = ("latency_s", "goodput", "throughput_tps", "gpu_s", "preemptions", "finished", "score", "return")
 # Options of the environment that say how an agent acts; vLLM V1 acts as it does.
 _ACTING = {"waiting_slots", "running_slots", "waiting_order", "running_order", "chunk_levels", "skip_forced"}
-_ACTING |= {"work_conserving", "preempt", "readmit", "idle", "hold", "rate_window_s", "max_steps"}
+_ACTING |= {
+    "work_conserving",
+    "preempt",
+    "readmit",
+    "idle",
+    "hold",
+    "rate_window_s",
+    "max_steps",
+    "most_tokens",
+}
 
 
 @functools.lru_cache(maxsize=65536)

@@ -167,7 +167,7 @@ class Fleet:
         engine, scale = problem.engine, problem.time_scale_s
         units = {
             "kv_blocks": engine.kv_blocks,
-            "token_budget": engine.token_budget,
+            "token_budget": int(template["token_budget"][0]),
             "max_num_seqs": engine.max_num_seqs,
             "time_scale": scale,
             "ten_times": 10 * scale,
@@ -448,6 +448,7 @@ def _template(kind: Kind, problem: Problem, options: Options) -> NDArray[Any]:
         dropped=nothing.astype(bool),
     )
     _fill_engine(template[0], spec)
+    template["token_budget"] = min(int(template["token_budget"][0]), options.most_tokens or 2**62)
     template["by_arrival"] = options.waiting_order == "arrival"
     template["steady"] = 1  # decoding goes on by itself only while nobody waits
     return template

@@ -62,6 +62,8 @@ class Options:
             (by KVs).
         chunk_levels: tokens of the prefill chunks that can be chosen, ascending; "all that fits" is added to
             them as the last. Chunks are cut to what fits.
+        most_tokens: of an iteration, decodes and chunks together, where that is less than the engine's token
+            budget: short iterations keep tokens coming. Decodes are never left out for it. None: no limit.
         length_info: what is known of the length of an answer before it ends: its true length ("oracle"), the
             scenario's prediction ("predicted"), the mean of its class ("class") or nothing ("none"). That is
             what is observed, and what stands in the requests' predictions; nothing else of it is visible.
@@ -94,6 +96,7 @@ class Options:
     waiting_order: str = "arrival"
     running_order: str = "newest"
     chunk_levels: tuple[int, ...] = (128, 256, 512)
+    most_tokens: int | None = None
     length_info: str = "predicted"
     objective: Any = "latency"
     observation: str = "dict"
@@ -133,8 +136,10 @@ class Options:
         window = self.rate_window_s
         if window is not None and not (_number(window) and 0 < window < math.inf):
             raise InputError(f"rate_window_s must be positive seconds, not {window!r}")
-        if self.max_steps is not None and not (whole(self.max_steps) and 1 <= self.max_steps < 2**63):
-            raise InputError(f"max_steps must be a whole number from 1, or None, not {self.max_steps!r}")
+        for name in ("max_steps", "most_tokens"):
+            value = getattr(self, name)
+            if value is not None and not (whole(value) and 1 <= value < 2**63):
+                raise InputError(f"{name} must be a whole number from 1, or None, not {value!r}")
         if self.hold == "peak" and self.length_info != "oracle":
             raise InputError('hold="peak" reserves for the true length; set length_info="oracle" with it')
         if self.length_info == "none":

@@ -512,6 +512,7 @@ class DecisionEnv(SchedulingEnv):
     | `idle` | False | whether RUN may wait for an arrival with nothing planned |
     | `hold` | "chunk" | what an admission reserves KV cache for |
     | `discount_rate` | 0.0 | 1/s |
+    | `most_tokens` | None | of an iteration, where less than the engine's token budget; None: that |
     | `rate_window_s` | None | of the rates observed; None: 10 time scales |
     | `max_steps` | None | after which an episode is cut |
     | `render_mode` | None | "rgb_array", "human", "ansi" |
