@@ -26,7 +26,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
-import llmsched_env.envs  # noqa: F401  (registers the ids)
+from llmsched_env.envs import IDS
 from llmsched_env.envs.observation import NUM_GLOBAL, NUM_SLOT
 from llmsched_env.errors import InputError, unknown
 from llmsched_env.files import writing
@@ -74,6 +74,11 @@ class Agent:
     def __call__(self, seen: Array, masks: NDArray[np.bool_]) -> NDArray[np.int64]:
         """The best legal actions, (n,) of Discrete actions, else (n, entries); seen (n, D), masks (n, A)."""
         logits, _ = self.forward(np.asarray(seen, np.float32))
+        if np.shape(masks) != logits.shape:
+            raise InputError(
+                f"agent {self.name} has {logits.shape[1]} actions, and masks are of shape {np.shape(masks)}; "
+                f"make the environment with {self.env_options}"
+            )
         logits = np.where(np.asarray(masks, np.bool_), logits, -_ILLEGAL)
         if not self.entries:
             return logits.argmax(1)
@@ -192,7 +197,7 @@ class Agent:
             # Opened here: numpy leaves a file that is damaged open.
             with open(folder / _FILES[1], "rb") as file, np.load(file, allow_pickle=False) as arrays:
                 weights = {name: np.asarray(arrays[name], np.float32) for name in arrays.files}
-        except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"agent {folder} cannot be read: {error}; take it from a copy") from None
         return Agent.of(said, weights, str(folder))
 
@@ -210,8 +215,20 @@ class Agent:
         missing = sorted(fields - set(said))
         if missing:
             raise InputError(f"agent {where}: agent.json lacks {', '.join(missing)}")
+        if said["env_id"] not in IDS:  # other ids may name modules, which would be imported
+            raise unknown(f"environment in agent {where}", said["env_id"], IDS)
+        for name in ("env_options", "network", "about"):
+            if not isinstance(said[name], dict):
+                raise InputError(f"agent {where}: {name} in agent.json is {said[name]!r}")
+        for name in ("scenario", "render_mode"):
+            if name in said["env_options"]:
+                raise InputError(f"agent {where}: env_options cannot have {name}")
+        shapes = _shapes(said["network"], where)
+        order = said["network"].get("order") or []
+        if sorted(map(str, order)) != sorted(map(str, range(len(order)))):
+            raise InputError(f"agent {where}: the order of its logits is not one")
         found = Agent(**{name: said[name] for name in fields}, weights=weights)
-        for name, shape in _shapes(found.network, where).items():
+        for name, shape in shapes.items():
             if name not in weights or weights[name].shape != shape:
                 has = weights[name].shape if name in weights else "nothing"
                 raise InputError(f"agent {where}: weights.npz has {has} for {name}, not {shape}")

@@ -51,7 +51,7 @@ def train(
     as_json: Annotated[bool, typer.Option("--json", help="print one JSON object at the end")] = False,
 ) -> int:
     """Train an agent. Stop it at any moment (Ctrl-C); --resume goes on as if it had not been stopped."""
-    from agents import training
+    training = _training()
     from agents.config import Config
     from agents.runs import Run
     from llmsched_env.errors import InputError
@@ -98,7 +98,7 @@ def train(
         print(json.dumps(_summary(done)))
     else:
         print(_line(done))
-        print(f"compare: llmsched evaluate --policy vllm-v1 --policy {folder} --scenario {settled.scenario}")
+        print(f"compare: llmsched evaluate --policy vllm-v1 --policy {folder} {_same(settled)}")
         print(f"look:    tensorboard --logdir {folder}; llmsched watch {folder}")
     return 0
 
@@ -130,9 +130,25 @@ def _train_all(config: Any, seeds: list[int], folder: Path, where: dict[str, Any
     if runs and not as_json:
         learned = ",".join(str(run.folder) for run in runs) if failures else folder / "seed-*"
         policies = f'--policy vllm-v1 --policy "learned={learned}"'
-        print(f"compare: llmsched evaluate {policies} --scenario {config.scenario}")
+        print(f"compare: llmsched evaluate {policies} {_same(config)}")
         print(f"look:    tensorboard --logdir {folder}")
     return 1 if failures else 0
+
+
+def _training() -> Any:
+    """The module, which needs more to be installed than the rest."""
+    from llmsched_env.errors import InputError
+
+    try:
+        from agents import training
+    except ImportError as error:
+        raise InputError(str(error)) from None
+    return training
+
+
+def _same(config: Any) -> str:
+    """What `evaluate` has to be told to compare on the same terms."""
+    return f"--scenario {config.scenario} --metric {config.metric}"
 
 
 def _folder(config: Any) -> Path:
@@ -151,12 +167,17 @@ def _numbers(text: str) -> list[int]:
 
 def _summary(run: Any) -> dict[str, Any]:
     """What has come of a run."""
-    last = run.read_rows("validation")[-1]
+    from agents.agent import Agent
+
+    kept = Agent.load(run.folder).about["steps"]
+    rows = run.read_rows("validation")
+    last = next((row for row in rows if int(row["steps"]) == kept), rows[-1])
     metric = run.config.metric
     return {
         "run": str(run.folder),
         "agent": str(run.folder / "agent"),
-        "steps": int(last["steps"]),
+        "steps": int(rows[-1]["steps"]),
+        "best_at": int(last["steps"]),
         "metric": metric,
         **{name: float(last[name]) for name in (metric, "vllm_v1", "gain")},
     }

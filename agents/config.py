@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import yaml
 
 import llmsched_env.envs  # noqa: F401  (registers the ids)
 from llmsched_env import scenarios
+from llmsched_env.envs.objective import Objective
 from llmsched_env.envs.options import NAMES, settings, split
 from llmsched_env.errors import InputError, unknown
 
@@ -27,7 +29,7 @@ SCALES = ("none", "trace")
 SCHEDULES = ("linear", "constant")
 # Metrics of an episode of which less is better, and those of which more is.
 COSTS = ("latency_s", "gpu_s", "makespan_s", "preemptions")
-GAINS = ("goodput", "throughput_tps", "fairness", "score", "return")
+GAINS = ("goodput", "throughput_tps", "fairness")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,9 @@ class Config:
     validation_episodes: int = 32
 
     def __post_init__(self) -> None:
+        for name in ("scenario", "env", "metric", "algo", "reward_scale", "network", "schedule", "teacher"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name} must be a name, not {getattr(self, name)!r}")
         scenarios.get(self.scenario)
         for name, known in (
             ("algo", ALGORITHMS),
@@ -123,9 +128,28 @@ class Config:
                 raise InputError(f"{name} must be a whole number from {least}, not {value!r}")
         for name, (low, high) in _RANGES.items():
             value = getattr(self, name)
+            if isinstance(value, str):  # as YAML has 1e-3, without a dot
+                try:
+                    value = float(value)
+                except ValueError:
+                    pass
+                object.__setattr__(self, name, value)
+            elif isinstance(value, np.floating | np.integer):
+                object.__setattr__(self, name, value := value.item())
             good = isinstance(value, int | float) and not isinstance(value, bool)
             if not (good and low <= value <= high):
                 raise InputError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}")
+        if not isinstance(self.fresh, bool):
+            raise InputError(f"fresh must be true or false, not {self.fresh!r}")
+        if self.rollout % min(self.batch_size, self.rollout) == 1:
+            raise InputError(f"batch_size={self.batch_size} leaves a batch of one; take another")
+        objective = Objective.get(self.objective)
+        if self.metric == "fairness" and not objective.fairness:
+            raise InputError("fairness is only measured where it is rewarded; give objective a weight of it")
+        if self.reward_scale == "trace" and objective != Objective(latency=objective.latency):
+            raise InputError('reward_scale="trace" is for the objective "latency" alone')
+        if self.fresh and self.stagger:
+            raise InputError("stagger has no effect where fresh=true begins all lanes anew; leave one out")
         if self.num_envs % self.lanes_per_trace:
             raise InputError(
                 f"num_envs={self.num_envs} lanes cannot be shared out by {self.lanes_per_trace} to a trace"
@@ -215,7 +239,7 @@ class Config:
                 raise InputError(f"{path}: {unknown('key', name, _FIELDS)}")
         try:
             return Config(**said)
-        except InputError as error:
+        except (InputError, TypeError) as error:
             raise InputError(f"{path}: {error}") from None
 
     @staticmethod

@@ -4,7 +4,7 @@ Both take the flat observation of the environments and return the logits of all 
 mask, and a value. A `Spec` describes one completely; `agents.agent` computes the same in NumPy.
 
 - **pointer**: one small network reads every waiting request, another every running one; the means over the
-  requests, with the features of the engine, make a context; and from the context and what was read of a
+  slots, with the features of the engine, make a context; and from the context and what was read of a
   request come the logits of the actions that concern it (admit, continue, preempt). The same weights serve
   every slot, so that what is learned of one request holds for all (DeepSets, Zaheer et al. 2017; pointing as
   in Vinyals et al. 2015).
@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from numpy.typing import NDArray
 from torch import nn
 
@@ -83,16 +82,16 @@ class Spec:
         space = getattr(env, "single_action_space", env.action_space)
         waiting, running = options.waiting_slots, options.running_slots
         levels = len(options.chunk_levels) + 1
-        if isinstance(space, spaces.Discrete):  # Decision-v0: RUN, HOLD, ADMIT, CHUNK, PREEMPT
+        if env.kind.name == "DECISION":  # RUN, HOLD, ADMIT, CHUNK, PREEMPT
             actions = (2, levels, levels + 1)
             admit = np.arange(2 + waiting * levels)
             chunk = admit.size + np.arange(running * levels).reshape(running, levels)
             preempt = admit.size + chunk.size + np.arange(running)[:, None]
             order = np.concatenate([admit, np.hstack([chunk, preempt]).ravel()])
             return Spec(kind, waiting, running, actions, tuple(map(int, order)), **sizes)
-        if len(space.nvec) == waiting + running:  # Batch-v0: choices of each slot
+        if env.kind.name == "BATCH":  # choices of each slot
             return Spec(kind, waiting, running, (0, int(space.nvec[0]), int(space.nvec[-1])), **sizes)
-        return Spec(kind, waiting, running, (int(space.nvec.sum()), 0, 0), **sizes)  # Dispatch-v0
+        return Spec(kind, waiting, running, (int(space.nvec.sum()), 0, 0), **sizes)
 
     def positions(self) -> NDArray[np.int64]:
         """(A,) int64: which logit, as the network computes them, stands in each place of the mask."""

@@ -170,7 +170,7 @@ class SchedulingPPO(MaskablePPO):
             rollout_buffer_class=Rollouts,
             rollout_buffer_kwargs={"discount_rate": discount_rate, "group": group},
             gamma=1.0,
-            **keywords,
+            **{"device": "cpu", **keywords},
         )
 
     def begin(self, seeds: Any, options: dict[str, Any] | None = None) -> None:
@@ -249,9 +249,8 @@ class SchedulingPPO(MaskablePPO):
             if dones.any():
                 if self.ep_info_buffer is not None:  # within `learn`
                     self._update_info_buffer(infos, dones)
-                self._close(np.flatnonzero(dones), infos, rewards)
+                self._close(np.flatnonzero(dones), infos, rewards, env.dt)
                 self._rescale(dones)
-                bank = env.venv.unwrapped.fleet.bank
             rollout_buffer.add(
                 self._last_obs,
                 chosen[:, None] if discrete else chosen,
@@ -268,7 +267,7 @@ class SchedulingPPO(MaskablePPO):
         callback.on_rollout_end()
         return True
 
-    def _close(self, ended: Any, infos: list[dict[str, Any]], rewards: Any) -> None:
+    def _close(self, ended: Any, infos: list[dict[str, Any]], rewards: Any, dt: Any) -> None:
         """Keep the metrics of episodes, and add what would have come of those that were cut."""
         for i in ended:
             for name, value in infos[i].get("metrics", {}).items():
@@ -276,4 +275,5 @@ class SchedulingPPO(MaskablePPO):
             if infos[i]["TimeLimit.truncated"]:
                 last = th.as_tensor(infos[i]["terminal_observation"])[None]
                 with th.no_grad():
-                    rewards[i] += float(self.policy.predict_values(last))
+                    after = float(self.policy.predict_values(last))
+                rewards[i] += np.exp(-self.discount_rate * dt[i]) * after

@@ -44,7 +44,7 @@ class SB3VecEnv(VecEnv):
     Attributes:
         venv: the vector environment.
         monitor: as given.
-        dt: (num_envs,) float64: `info["dt"]` of the last step; the next writes over it.
+        dt: (num_envs,) float64: seconds that passed in the last step; the next may write over it.
     """
 
     def __init__(self, venv: VectorEnv[Any, Any, Any], *, monitor: bool = True) -> None:
@@ -119,13 +119,15 @@ class SB3VecEnv(VecEnv):
     def step_wait(self) -> tuple[Any, NDArray[np.float32], NDArray[np.bool_], list[dict[str, Any]]]:
         """Take the step; what it returns stays as it is."""
         seen, rewards, terminated, truncated, info = self.venv.step(self._actions)
-        self.dt = info.get("dt", self.dt)
         done: NDArray[np.bool_] = np.logical_or(terminated, truncated)
         if self.monitor:
             self._returns += rewards
             self._lengths += 1
         infos = self._nothing.copy()
+        self.dt = info.get("dt", self.dt)
         if done.any():
+            if "dt" in info.get("final_info", {}):
+                self.dt = np.where(done, info["final_info"]["dt"], self.dt)
             self._end(done, terminated, info, infos)
         return self._own(seen), np.asarray(rewards).astype(np.float32), done, infos
 

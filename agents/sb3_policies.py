@@ -106,7 +106,7 @@ class QuickCategorical(MaskableCategoricalDistribution):
         """The first action at which the probabilities add up to more than a uniform number."""
         self._normalise()
         sums = self._shares.cumsum(1)
-        at = th.rand(len(sums), 1, dtype=sums.dtype, device=sums.device) * sums[:, -1:]
+        at = th.rand(len(sums), 1, dtype=sums.dtype, device=sums.device) * (sums[:, -1:] * (1.0 - 1e-6))
         return th.searchsorted(sums, at, right=True).view(-1).clamp_(max=self.action_dim - 1)
 
     def mode(self) -> th.Tensor:

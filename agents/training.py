@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 import baselines
 from agents.agent import Agent, describe, weights_of
+from agents.comparison import METRICS
 from agents.config import COSTS, Config
 from agents.evaluation import VALIDATION_SEED, evaluate
 from agents.runs import Checkpoint, Run, versions
@@ -114,6 +115,8 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         th.set_num_threads(1)  # networks of this size get slower with more
+        if config.teacher not in ("", "optimum"):
+            baselines.get(config.teacher)  # refuses what there is not
         self.config = config
         scenario = scenarios.get(config.scenario)
         options = dict(config.env_options)
@@ -158,6 +161,8 @@ class Trainer:
         self.policy: Any = self.model.policy
         self.lanes: Any = self.env.venv.unwrapped
         self._costs = config.metric in COSTS
+        # Episodes that are windows of a stream are whole when they are cut.
+        self._window = math.isfinite(self.lanes.problem.scenario.horizon_s)
         self._best = self._baseline = math.nan
         self._updates = self._collapsed = 0
         self._loaded: dict[str, Any] | None = None  # what the lanes were begun with last
@@ -338,23 +343,25 @@ class Trainer:
         )
         value = float(found[config.metric].mean())
         served = float(found["finished"].mean()) / self.lanes.fleet.num_requests
-        row = {"steps": self.model.num_timesteps, "served": served}
+        row: dict[str, Any] = {"steps": self.model.num_timesteps, "served": served}
         row |= {name: float(found[name].mean()) for name in _EPISODE}
         row |= {"vllm_v1": self._baseline, "gain": self._gain(value)}
         run.write_row("validation", row)
         for name, number in row.items():
             if name != "steps":
                 board.add_scalar(f"validation/{name}", number, self.model.num_timesteps)
-        # Costs of episodes that were cut cannot be compared with those of whole ones.
-        better = math.isnan(self._best) or self._gain(value) > self._gain(self._best)
-        if better and (served == 1.0 or not self._costs):
+        # What most metrics say of episodes that were cut before all was served cannot be compared.
+        counts = served == 1.0 or not METRICS[config.metric].whole or self._window
+        better = math.isnan(self._best) or (value < self._best if self._costs else value > self._best)
+        if counts and better:
             self._best = value
+        if (counts and better) or math.isnan(self._best):  # in want of a better one
             agent.save(run.folder / "agent")
         self._picture(agent, board)
 
     def _gain(self, value: float) -> float:
         """Improvement over vLLM V1, as a share of what that has."""
-        change = value / self._baseline - 1 if self._baseline else value
+        change = (value - self._baseline) / abs(self._baseline) if self._baseline else value
         return -change if self._costs else change
 
     def _of_vllm(self) -> float:
@@ -434,7 +441,7 @@ class Trainer:
         try:
             policy.net.load_state_dict({name: th.as_tensor(x) for name, x in checkpoint.weights.items()})
             policy.optimizer.load_state_dict({"state": state, "param_groups": optimizer["param_groups"]})
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, KeyError) as error:
             raise InputError(
                 f"the checkpoint does not fit the network of config.yaml: {' '.join(str(error).split())}"
             ) from None
@@ -470,7 +477,8 @@ class Trainer:
         )
 
 
-_EPISODE = ("latency_s", "goodput", "throughput_tps", "gpu_s", "preemptions", "finished", "score", "return")
+_EPISODE = ("latency_s", "goodput", "throughput_tps", "gpu_s", "makespan_s", "fairness", "preemptions")
+_EPISODE += ("finished", "score", "return")
 # Options of the environment that say how an agent acts; vLLM V1 acts as it does.
 _ACTING = {"waiting_slots", "running_slots", "waiting_order", "running_order", "chunk_levels", "skip_forced"}
 _ACTING |= {

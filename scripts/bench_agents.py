@@ -49,7 +49,7 @@ def training(config: Config, updates: int, folder: Path) -> tuple[float, Agent]:
         rates.append(now.rate)
 
     run = train(settled, folder, progress=note)
-    return statistics.median(rates[2:]), Agent.load(run.folder)
+    return statistics.median(rates[2:] or rates), Agent.load(run.folder)
 
 
 def deciding(agent: Agent) -> float:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from agents.agent import Agent
-from agents.comparison import Row, compare
+from agents.comparison import METRICS, Row, compare
 from agents.config import COSTS
 from agents.runs import Run
 from llmsched_env.errors import InputError
@@ -33,7 +33,8 @@ def best_of(runs: list[Run]) -> Run:
 
     def value(run: Run) -> float:
         metric = run.config.metric
-        found = [float(row[metric]) for row in run.read_rows("validation") if float(row["served"]) == 1.0]
+        rows = run.read_rows("validation")
+        found = [float(r[metric]) for r in rows if float(r["served"]) == 1.0 or not METRICS[metric].whole]
         if not found:
             return -np.inf
         return -min(found) if metric in COSTS else max(found)
@@ -45,14 +46,12 @@ def card(name: str, runs: list[Run], episodes: int) -> str:
     """What there is to know of an agent, as Markdown."""
     run = best_of(runs)
     config = run.config
-    rivals = [*RIVALS.get(name, ()), "random-feasible"]
     found = compare(
         {
             "trained (all seeds)": ",".join(str(r.folder) for r in runs),
             "shipped": str(run.folder),
             "untrained": f"untrained:{run.folder}",
-            "vllm-v1": "vllm-v1",
-            **{rival: rival for rival in rivals},
+            **{rival: rival for rival in ("vllm-v1", *RIVALS.get(name, ()))},
         },
         config.scenario,
         num_episodes=episodes,
@@ -111,7 +110,11 @@ def as_row(row: Row) -> str:
 
 
 # The strongest schedulers with the same information, on each scenario.
-RIVALS: dict[str, tuple[str, ...]] = {}
+RIVALS = {
+    "slo-mix": ("rank-i", "tuned:slo-mix-goodput"),
+    "priorities": ("vllm-v1-priority", "tuned:priorities-goodput"),
+    "azure-conv": ("rank-i", "tuned:azure-conv-goodput"),
+}
 
 
 def main() -> int:
@@ -127,9 +130,10 @@ def main() -> int:
         agent = Agent.load(run.folder)
         about = {key: value for key, value in agent.about.items() if key != "scores"}
         target = FOLDER / folder.name
+        text = card(folder.name, runs, options.episodes)
         shutil.rmtree(target, ignore_errors=True)
         dataclasses.replace(agent, name=folder.name, about=about).save(target)
-        (target / "README.md").write_text(card(folder.name, runs, options.episodes))
+        (target / "README.md").write_text(text)
         print(target, json.dumps({"seeds": len(runs), "shipped": run.config.seed}))
     return 0
 

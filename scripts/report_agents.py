@@ -50,7 +50,7 @@ class Report:
 
     def untrained(self, name: str) -> str:
         """The same with fresh weights."""
-        return ",".join(f"untrained:{self.runs / name / f'seed-{seed}'}" for seed in range(self.seeds))
+        return "untrained:" + ",".join(str(self.runs / name / f"seed-{seed}") for seed in range(self.seeds))
 
     # -------------------------------------------------------------------- parts
 
@@ -105,14 +105,15 @@ class Report:
             yield matrix(policies, ["azure-conv"], {key: values}, episodes, metric="goodput")
 
     def ablations(self) -> Iterator[Comparison]:
-        base = Config.preset("slo-mix").replace(steps=300_000)
-        lanes = {"lanes_per_trace": 8, "fresh": True, "n_steps": 512, "num_envs": 64}
+        base = Config.preset("slo-mix")
+        lanes = {"lanes_per_trace": 8, "fresh": True, "stagger": 0, "n_steps": 512, "num_envs": 64}
         cases: dict[str, dict[str, Any]] = {
-            "as preset, half the steps": {},
+            "as preset": {},
             "mlp": {"network": "mlp"},
             "attention": {"network": "attention"},
-            "no masks": {"algo": "ppo"},
-            "teacher": {"teacher": "edf"},
+            "no masks in training": {"algo": "ppo"},
+            "no teacher": {"teacher": ""},
+            "teacher alone": {"steps": 1},
             "fresh lanes": {**lanes, "lanes_per_trace": 1},
             "leave-one-out": lanes,
         }
@@ -154,6 +155,7 @@ def main() -> int:
     for part in options.parts:
         if part not in PARTS:
             raise InputError(f"unknown part {part!r}; parts are {', '.join(PARTS)}")
+    options.runs.mkdir(parents=True, exist_ok=True)
     report = Report(options.runs, options.seeds, options.episodes, options.jobs)
     told: dict[str, list[Any]] = {}
     for part in options.parts or PARTS:
