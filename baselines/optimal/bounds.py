@@ -18,10 +18,11 @@ What every request brings along, whatever the schedule:
 The last token of an answer is never written to the cache and needs nothing.
 
 How tight they are. GPU time: 99 % of the optimum on `instance.mixed(7)`, 71 to 90 % of what the best
-scheduler needs on 1,000 requests of real lengths at a load of 0.85 or more. Total latency: 79 to 87 % of the
-optimum on `mixed(7)`, all by "pairs"; of the best scheduler's on 1,000 requests 46 to 90 % at load 0.5, 27 to
-70 % at 0.85, 33 to 71 % at 1.1 (scripts/bench_bounds.py). "order" is best where a queue forms of requests
-with short answers, "prices" for long answers in overload, "pairs" at low load. What is missing lies on both
+scheduler needs on 1,000 requests of real lengths at a load of 0.85 or more. Total latency: 88 to 98 % of the
+optimum on `mixed(7)`, 76 to 96 % where requests arrive over time, all by "pairs"; of the best scheduler's on
+1,000 requests at least 46 to 90 % at load 0.5, 27 to 70 % at 0.85, 33 to 71 % at 1.1
+(scripts/bench_bounds.py). "order" is best where a queue forms of requests with short answers, "prices" for
+long answers in overload, "pairs" at low load and where requests are few. What is missing lies on both
 sides: schedulers pay more for prefills than they have to, and the bounds let a decode slow the others too
 little.
 """
