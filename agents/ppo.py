@@ -181,7 +181,7 @@ class SchedulingPPO(MaskablePPO):
         env._seeds = [int(seed) for seed in seeds for _ in range(self.group)]
         self._last_obs = env.reset()
         self._last_episode_starts = np.ones(env.num_envs, np.bool_)
-        self._first = env.venv.unwrapped.fleet.bank.lane["begun"].copy()  # type: ignore[attr-defined]
+        self._first = env.venv.unwrapped.fleet.bank.lane["begun"].copy()
         self._rescale(np.ones(env.num_envs, np.bool_))
 
     def stagger(self, steps: int, rng: np.random.Generator) -> None:
