@@ -17,6 +17,7 @@ from llmsched_env.errors import InputError
 
 _WORTH = 0.5  # weight of the error in the value beside that in the actions
 _RATE = 2e-3
+_AT_ONCE = 65536  # steps that are judged in one go: memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +138,12 @@ def imitate(policy: NetPolicy, shown: Demonstrations, *, epochs: int, batch_size
             th.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
             optimizer.step()
     policy.set_training_mode(False)
+    same = 0
     with th.no_grad():
-        chosen = policy.get_distribution(seen, shown.masks).mode()
-    same = (chosen.view(actions.shape) == actions).view(n, -1).all(1)
-    return float(same.float().mean())
+        for at in range(0, n, _AT_ONCE):
+            part = slice(at, at + _AT_ONCE)
+            chosen = policy.get_distribution(seen[part], shown.masks[part]).mode()
+            same += int(
+                (chosen.view(actions[part].shape) == actions[part]).view(len(chosen), -1).all(1).sum()
+            )
+    return same / n

@@ -24,11 +24,14 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from agents.config import Config
@@ -67,23 +70,25 @@ class Run:
 
     @staticmethod
     def create(folder: str | Path, config: Config, about: dict[str, Any] | None = None) -> Run:
-        """Begin a run in a new folder.
+        """Begin a run in a new folder, or in that of one that ended before its first checkpoint.
 
         Raises:
             InputError: if there is a run in it, or it cannot be written.
         """
         folder = Path(folder)
         require_writable_folder(folder)
-        if (folder / "config.yaml").exists():
+        run = Run(folder, config)
+        if run.checkpoints():
             raise InputError(
                 f"there is a run in {folder}; go on with it (--resume), or name another folder (--run)"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        with writing(folder / "about.json") as path:
-            path.write_text(json.dumps({**versions(), **(about or {})}, indent=1) + "\n")
-        with writing(folder / "config.yaml") as path:
-            path.write_text(config.to_yaml())
-        return Run(folder, config)
+        with run.claimed():
+            with writing(folder / "about.json") as path:
+                path.write_text(json.dumps({**versions(), **(about or {})}, indent=1) + "\n")
+            with writing(folder / "config.yaml") as path:
+                path.write_text(config.to_yaml())
+        return run
 
     @staticmethod
     def open(folder: str | Path) -> Run:
@@ -96,6 +101,29 @@ class Run:
         if not path.is_file():
             raise InputError(f"{folder} is not the folder of a run: there is no config.yaml in it")
         return Run(Path(folder), Config.from_yaml(path))
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """While this lasts, no other process trains here; the system ends it with the process.
+
+        Raises:
+            InputError: if another does, or the folder cannot be written.
+        """
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"another process trains in {self.folder}; wait for it or end it, or name another folder"
+            ) from None
+        except OSError as error:
+            raise InputError(f"cannot write {self.folder}: {error.strerror or error}") from None
+        try:
+            for path in (self.folder / "checkpoints").glob(".[0-9]*"):  # of processes that were killed
+                shutil.rmtree(path, ignore_errors=True)
+            yield
+        finally:
+            lock.release()
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -110,8 +138,7 @@ class Run:
             InputError: if it cannot be written; what was there is as it was.
         """
         final = self.folder / "checkpoints" / f"{checkpoint.state['steps']:012d}"
-        # Of another process that writes here as well, nothing is touched.
-        temporary = final.with_name(f".{final.name}-{os.getpid()}")
+        temporary = final.with_name(f".{final.name}")
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
@@ -163,20 +190,20 @@ class Run:
     # ------------------------------------------------------------------ tables
 
     def write_row(self, table: str, row: dict[str, Any]) -> None:
-        """Append a row to RUN/`table`.csv; columns that it has not seen yet need the table written anew."""
+        """Append a row to RUN/`table`.csv; all rows of a table have the same columns.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
         path = self.folder / f"{table}.csv"
-        rows, names = self.read_rows(table), list(row)
-        if rows:
-            names = list(rows[0])
-            if set(row) <= set(names):
-                with open(path, "a", newline="") as file:
-                    csv.DictWriter(file, names).writerow(row)
-                return
-            names += [name for name in row if name not in names]
-        with writing(path) as temporary, open(temporary, "w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows([*rows, row])
+        try:
+            with open(path, "a", newline="") as file:
+                writer = csv.DictWriter(file, list(row))
+                if file.tell() == 0:
+                    writer.writeheader()
+                writer.writerow(row)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
     def read_rows(self, table: str) -> list[dict[str, str]]:
         """The rows of RUN/`table`.csv that are whole."""
@@ -226,6 +253,8 @@ def versions() -> dict[str, Any]:
 def _commit() -> str | None:
     """The commit of the checkout that this runs from; None: it is not one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    if not (Path(__file__).parents[1] / ".git").exists():
+        return None  # installed; a repository around it is another's
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except (OSError, subprocess.SubprocessError):

@@ -71,7 +71,19 @@ class _Entropy(th.autograd.Function):
         return (logs + entropy[:, None]).mul_(shares).mul_(-slope[:, None]), None, None
 
 
-class QuickCategorical(MaskableCategoricalDistribution):
+class _Masked:
+    """Masks, by logits so low that nothing comes of them."""
+
+    _logits: Any
+
+    def apply_masking(self, masks: Any) -> None:
+        if masks is None:
+            return
+        legal = th.as_tensor(masks, dtype=self._logits.dtype, device=self._logits.device)
+        self.proba_distribution(self._logits + (legal.view(self._logits.shape) - 1.0).mul_(_ILLEGAL))  # type: ignore[attr-defined]
+
+
+class QuickCategorical(_Masked, MaskableCategoricalDistribution):
     """sb3-contrib's categorical distribution, each of whose parts is computed once and only if asked for."""
 
     def proba_distribution(self, action_logits: th.Tensor) -> QuickCategorical:
@@ -79,12 +91,6 @@ class QuickCategorical(MaskableCategoricalDistribution):
         self._logs: Any = None
         self._shares: Any = None
         return self
-
-    def apply_masking(self, masks: Any) -> None:
-        if masks is None:
-            return
-        legal = th.as_tensor(masks, dtype=self._logits.dtype, device=self._logits.device)
-        self.proba_distribution(self._logits + (legal.view(self._logits.shape) - 1.0).mul_(_ILLEGAL))
 
     def _normalise(self) -> None:
         if self._logs is None:
@@ -113,19 +119,13 @@ class QuickCategorical(MaskableCategoricalDistribution):
         return self._logits.argmax(1)
 
 
-class QuickMultiCategorical(MaskableMultiCategoricalDistribution):
+class QuickMultiCategorical(_Masked, MaskableMultiCategoricalDistribution):
     """sb3-contrib's distribution of actions with several entries, without its checks and repetitions."""
 
     def proba_distribution(self, action_logits: th.Tensor) -> QuickMultiCategorical:
         self._logits = action_logits.view(-1, sum(self.action_dims))
         self._logs: Any = None
         return self
-
-    def apply_masking(self, masks: Any) -> None:
-        if masks is None:
-            return
-        legal = th.as_tensor(masks, dtype=self._logits.dtype, device=self._logits.device)
-        self.proba_distribution(self._logits + (legal.view(self._logits.shape) - 1.0).mul_(_ILLEGAL))
 
     def _parts(self) -> list[th.Tensor]:
         """Logarithms of the probabilities, by entry."""

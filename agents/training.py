@@ -7,6 +7,7 @@ training that was killed and resumed is, weight by weight, the one that was not.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -92,7 +93,7 @@ def train(
         Diverged: numbers that are not finite, or a policy that has ceased to explore.
     """
     trainer = Trainer(config)  # which refuses what does not fit, before there is a folder
-    return trainer.run(Run.create(folder, config), None, progress, stop)
+    return trainer.run(Run.create(folder, config), progress, stop)
 
 
 def resume(
@@ -103,7 +104,7 @@ def resume(
 ) -> Run:
     """Go on with the run in a folder, from its last checkpoint; arguments and errors as for `train`."""
     run = Run.open(folder)
-    return Trainer(run.config).run(run, run.load(), progress, stop)
+    return Trainer(run.config).run(run, progress, stop)
 
 
 class Trainer:
@@ -172,27 +173,27 @@ class Trainer:
     def run(
         self,
         run: Run,
-        checkpoint: Checkpoint | None,
-        progress: Callable[[Progress], None] | None,
-        stop: Callable[[], bool] | None,
+        progress: Callable[[Progress], None] | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> Run:
-        """From a checkpoint, or the beginning, to the end."""
-        if checkpoint is not None:
-            self._restore(checkpoint)
-        steps = self.model.num_timesteps
-        for table in ("metrics", "validation"):
-            run.drop_rows(table, steps if checkpoint else -1)
-        board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=steps + 1 if checkpoint else None)
-        try:
-            if checkpoint is None:
-                self._begin(run, board)
-            while self._updates < self.config.updates:
-                self._segment(run, board, progress)
-                if stop is not None and stop():
-                    break
-        finally:
-            board.close()
-            self.env.close()
+        """From its last checkpoint, or the beginning, to the end."""
+        with contextlib.closing(self.env), run.claimed():
+            checkpoint = run.load()
+            if checkpoint is not None:
+                self._restore(checkpoint)
+            steps = self.model.num_timesteps
+            for table in ("metrics", "validation"):
+                run.drop_rows(table, steps if checkpoint else -1)
+            board = SummaryWriter(
+                str(run.folder / "tensorboard"), purge_step=steps + 1 if checkpoint else None
+            )
+            with contextlib.closing(board):
+                if checkpoint is None:
+                    self._begin(run, board)
+                while self._updates < self.config.updates:
+                    self._segment(run, board, progress)
+                    if stop is not None and stop():
+                        break
         return run
 
     def _begin(self, run: Run, board: Any) -> None:

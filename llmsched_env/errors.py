@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -20,3 +22,12 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ";"
     return InputError(f"unknown {kind} {str(name)!r}{hint} known: {', '.join(names)}")
+
+
+def exit_with(main: Callable[[], int]) -> NoReturn:
+    """End the process with what a program's main function returns; an `InputError` is one line, and 2."""
+    try:
+        sys.exit(main())
+    except InputError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)

@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from agents.agent import Agent
 from agents.comparison import METRICS, Row, compare
 from agents.config import COSTS
 from agents.runs import Run
-from llmsched_env.errors import InputError
+from llmsched_env.errors import InputError, exit_with
 
 FOLDER = Path(__file__).parents[1] / "agents" / "pretrained"
 
@@ -139,8 +138,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 import baselines
@@ -21,7 +20,7 @@ from baselines import optimal
 from baselines.optimal import Instance
 from baselines.optimal.improve import improve
 from llmsched_env import scenarios, simulate
-from llmsched_env.errors import InputError
+from llmsched_env.errors import InputError, exit_with
 from llmsched_env.scenarios import Reference, reference
 
 FIRST_SEED = 1_000_000  # as agents.evaluation
@@ -84,8 +83,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

@@ -30,7 +30,7 @@ from agents.cluster import train_all
 from agents.comparison import Comparison, compare, matrix
 from agents.config import Config, preset_names
 from agents.tuning import tune
-from llmsched_env.errors import InputError
+from llmsched_env.errors import InputError, exit_with
 
 RIVALS = ("azure-code", "slo-mix", "priorities", "azure-conv")
 PARTS = ("train", "control", "rivals", "gap", "matrix", "ablations")
@@ -176,8 +176,4 @@ def print_table(found: Any) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

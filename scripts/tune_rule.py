@@ -11,7 +11,6 @@ FOLDER/NAME.json, a scheduler by the name tuned:FOLDER/NAME.json.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import baselines
 from agents.comparison import METRICS, compare
 from agents.tuning import best_named, tune
 from baselines.bench import interval
-from llmsched_env.errors import InputError
+from llmsched_env.errors import exit_with
 
 MAIN = (
     "slo-mix:goodput",
@@ -76,8 +75,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except InputError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
+    exit_with(main)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -301,8 +303,9 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path: Path, config: C
 
     with pytest.raises(KeyboardInterrupt):
         training.train(config, tmp_path / "broken", progress=killed)
-    (tmp_path / "broken" / "checkpoints" / ".000000001024-1").mkdir()  # half of a checkpoint
+    (tmp_path / "broken" / "checkpoints" / ".000000001024").mkdir()  # half of a checkpoint
     again = training.resume(tmp_path / "broken")
+    assert not list((tmp_path / "broken" / "checkpoints").glob(".*"))
     resumed = again.load()
     assert unbroken is not None and resumed is not None
     assert {k: v for k, v in unbroken.state.items() if k != "sha256"} == {
@@ -338,6 +341,42 @@ def test_a_run_is_not_written_over(whole: Run) -> None:
         training.resume(whole.folder / "agent")
 
 
+def test_a_run_that_failed_before_its_first_checkpoint_begins_anew(tmp_path: Path) -> None:
+    Run.create(tmp_path / "run", TINY.replace(seed=1))
+    (tmp_path / "run" / "metrics.csv").write_text("steps\n7\n")
+    run = training.train(TINY.replace(steps=256), tmp_path / "run")
+    assert Run.open(tmp_path / "run").config.seed == 0
+    assert [int(row["steps"]) for row in run.read_rows("metrics")] == [256]
+
+
+def test_two_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", TINY)
+    code = f"""
+import agents.runs, sys
+with agents.runs.Run.open({str(tmp_path / "run")!r}).claimed():
+    print("mine", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdin is not None
+        assert other.stdout.readline() == "mine\n"
+        for begin in (lambda: training.resume(run.folder), lambda: training.train(TINY, run.folder)):
+            with pytest.raises(InputError, match="another process trains"):
+                begin()
+        other.stdin.close()
+    with run.claimed():  # it let go
+        pass
+
+
+def test_a_full_disk_says_which_table_could_not_be_written(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", TINY)
+    (run.folder / "metrics.csv").symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"cannot write .*metrics\.csv: No space left"):
+        run.write_row("metrics", {"steps": 1})
+
+
 def test_divergence_stops_a_training(tmp_path: Path) -> None:
     wild = TINY.replace(learning_rate=1.0, value_weight=100.0, max_grad_norm=1e6, target_kl=0.0, segment=1)
 
@@ -347,7 +386,7 @@ def test_divergence_stops_a_training(tmp_path: Path) -> None:
     trainer = training.Trainer(wild)
     run = Run.create(tmp_path / "run", wild)
     with pytest.raises(training.Diverged, match="not finite; lower learning_rate"):
-        trainer.run(run, None, poison, None)
+        trainer.run(run, poison)
     assert Agent.load(tmp_path / "run").name == "run"
 
 

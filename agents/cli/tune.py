@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from agents.cli import _interruptible, _jsonable, _pairs, _print, _print_table, _progress, _value, app
+from agents.cli.common import app, interruptible, jsonable, pairs_of, progress_bar, show, show_table, value_of
 
 
 @app.command()
@@ -43,17 +43,17 @@ def tune(
     from llmsched_env.files import require_writable_file
 
     require_writable_file(output)
-    options: dict[str, Any] = {key: _value(value) for key, value in _pairs("--set", settings)}
+    options: dict[str, Any] = {key: value_of(value) for key, value in pairs_of("--set", settings)}
     for key in ("metric", "budget", "seed", "method", "start", "progress", "scenario"):
         if key in options:
             raise InputError(f"--set takes settings of the scenario, not {key}")
     options["metric"] = metric
-    with _interruptible(), _progress(budget) as progress:
+    with interruptible(), progress_bar(budget) as progress:
         found = search(scenario, budget=budget, seed=seed, progress=progress, **options)
     found.save(output)
     report = None
     if not found.interrupted:
-        with _progress(len(baselines.names())) as progress:
+        with progress_bar(len(baselines.names())) as progress:
             rival = best_named(scenario, progress=progress, **options)
         policies = {name: baselines.get(name) for name in dict.fromkeys(("vllm-v1", rival))}
         report = compare({**policies, "tuned": found.scheduler()}, scenario, episodes, **options)
@@ -61,16 +61,16 @@ def tune(
         summary: dict[str, Any] = {"params": dataclasses.asdict(found.params), **found.summary()}
         if report is not None:
             summary["report"] = report.to_dict()
-        print(json.dumps(_jsonable(summary), allow_nan=False))
+        print(json.dumps(jsonable(summary), allow_nan=False))
     else:
         rows = [(name, f"{value:.4g}") for name, value in dataclasses.asdict(found.params).items()]
         rows += [
             (f"{metric}, validation", f"{found.value:.4g}, at the start {found.start:.4g}"),
             ("simulated", f"{found.episodes:,} episodes"),
         ]
-        _print_table("", ("", ""), rows)
+        show_table("", ("", ""), rows)
         if report is not None:
-            _print(report.table())
+            show(report.table())
         print(f"wrote {output}; a scheduler as tuned:{output}")
     if found.interrupted:
         raise typer.Exit(130)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from agents.cli import _pairs, _print, _progress, _value, app
+from agents.cli.common import app, pairs_of, progress_bar, show, value_of
 
 # Arguments of `agents.comparison.compare` that are neither settings of a scenario nor of an environment.
 _OWN = {"policies", "scenario", "scenarios", "grid", "num_episodes", "seed", "metric", "baseline", "env_id"}
@@ -72,11 +72,11 @@ def evaluate(
 
     if output is not None:
         require_writable_folder(output)
-    options: dict[str, Any] = {key: _value(value) for key, value in _pairs("--set", settings)}
+    options: dict[str, Any] = {key: value_of(value) for key, value in pairs_of("--set", settings)}
     grid: dict[str, list[Any]] = {}
     for item in vary or []:
-        [(key, value)] = _pairs("--vary", [item])
-        grid.setdefault(key, []).append(_value(value))
+        [(key, value)] = pairs_of("--vary", [item])
+        grid.setdefault(key, []).append(value_of(value))
     for key in (*options, *grid):
         if key in _OWN:
             raise InputError(f"{key} is no setting of the scenario or the environment; see --help")
@@ -86,18 +86,18 @@ def evaluate(
     trainings = sum(len(one.members) for one in contenders)
     found: comparison.Comparison | comparison.Matrix
     if len(scenario) == 1 and not grid:
-        with _progress(trainings) as progress:
+        with progress_bar(trainings) as progress:
             found = comparison.compare(contenders, scenario[0], episodes, progress=progress, **options)
     else:
         conditions = len(scenario)
         for values in grid.values():
             conditions *= len(values)
-        with _progress(trainings * conditions) as progress:
+        with progress_bar(trainings * conditions) as progress:
             found = comparison.matrix(contenders, scenario, grid, episodes, progress=progress, **options)
     if as_json:
         print(json.dumps(found.to_dict(), allow_nan=False))
     else:
-        _print(found.table())
+        show(found.table())
     if output is not None:
         for path in found.save(output):
             if not as_json:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from agents.cli import _pairs, _value, app
+from agents.cli.common import app, pairs_of, value_of
 
 
 @app.command()
@@ -58,7 +58,7 @@ def train(
 
     given = {"scenario": scenario, "env": env, "algo": algo, "steps": steps, "seed": seed}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
-    changes |= {name: _value(value) for name, value in _pairs("--set", settings)}
+    changes |= {name: value_of(value) for name, value in pairs_of("--set", settings)}
     if seeds is None and (jobs != 1 or use_ray or address is not None):
         raise InputError("--jobs, --ray and --address are for several trainings; say which: --seeds 0,1,2")
     if seeds is not None and (resume or "seed" in changes):
