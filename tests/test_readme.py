@@ -18,13 +18,20 @@ def test_example(number: int) -> None:
     exec(compile(EXAMPLES[number], f"README example {number}", "exec"), {"__name__": "readme"})
 
 
-def test_options_of_the_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("simulate", "bench", "optimum", "bounds", "replay"):
-        main([command, "--help"])
-        text = capsys.readouterr().out
-        for line in re.findall(rf"llmsched {command} (.*?)(?<!\\)\n", README, re.DOTALL):
-            for option in re.findall(r"(?<!\S)--[a-z-]+", line):
-                assert option in text, option
+COMMANDS = sorted(set(re.findall(r"llmsched ((?:profiles )?[a-z]+) (?:\S+ )?--", README)))
+
+
+def test_the_commands_are_found() -> None:
+    assert {"simulate", "bench", "optimum", "train", "evaluate", "watch", "tune"} <= {*COMMANDS}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_options_of_the_commands_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    main([*command.split(), "--help"])
+    text = capsys.readouterr().out
+    for line in re.findall(rf"llmsched {command} (.*?)(?<!\\)\n", README, re.DOTALL):
+        for option in re.findall(r"(?<!\S)--[a-z-]+", re.split("[`#]", line)[0]):
+            assert option in text, option
 
 
 def test_files_it_names_exist() -> None:
