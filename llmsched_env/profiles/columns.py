@@ -17,13 +17,14 @@ from llmsched_env.errors import InputError, unknown
 
 
 def read(
-    path: str | Path, required: Sequence[str], optional: Mapping[str, float]
+    path: str | Path, required: Sequence[str], optional: Mapping[str, float], ignored: Sequence[str] = ()
 ) -> dict[str, NDArray[np.float64]]:
     """The named columns of a CSV (or CSV.gz) file of numbers; other columns are refused.
 
     Args:
         required: columns that have to be there.
         optional: columns that may be missing, and their value then.
+        ignored: columns that may be there, of any content, and are left out.
 
     Raises:
         InputError: a missing or unknown column; a cell that is no finite number of at least 0, and its line.
@@ -39,7 +40,7 @@ def read(
         what = getattr(error, "strerror", None) or error
         raise InputError(f"cannot read {path}: {what}; name a CSV or CSV.gz file") from None
     for name in header:
-        if name not in required and name not in optional:
+        if name not in required and name not in optional and name not in ignored:
             raise unknown(f"column in {path}", name, [*required, *optional])
     for name in required:
         if name not in header:
@@ -51,12 +52,14 @@ def read(
     columns: dict[str, NDArray[np.float64]] = {
         name: np.full(len(body), value) for name, value in optional.items()
     }
-    columns.update({name: np.empty(len(body)) for name in header})
+    columns.update({name: np.empty(len(body)) for name in header if name not in ignored})
     for i, (line, row) in enumerate(body):
         if len(row) != len(header):
             problem = f"{len(row)} cells, but {len(header)} columns"
             raise InputError(f"{path} line {line}: {problem}; mend the row, or leave it out")
         for name, cell in zip(header, row, strict=True):
+            if name in ignored:
+                continue
             try:
                 value = float(cell)
             except ValueError:
