@@ -1,6 +1,6 @@
 """What agents learned: trains what is not trained yet, and prints every table.
 
-    python scripts/report_agents.py [train] [control] [rivals] [gap] [matrix] [ablations]
+    python scripts/report_agents.py [train] [control] [rivals] [gap] [matrix] [ablations] [curves]
         [--runs runs] [--seeds 5] [--episodes 48] [--jobs 2] [--json FILE]
 
 Without names all parts. A part that needs runs (RUNS/CONFIGURATION/seed-N) trains those that are missing.
@@ -14,6 +14,8 @@ differences are paired by episode.
     matrix     what was trained on one scenario, on the others; at other loads, on other GPUs, with other
                predictions of lengths
     ablations  network, masks, teacher, leave-one-out baseline
+    curves     what each training validated at, as a table and a picture (RUNS/curves.png), and how many
+               collapsed
 """
 
 from __future__ import annotations
@@ -25,15 +27,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+
 import baselines
 from agents.cluster import train_all
 from agents.comparison import Comparison, compare, matrix
-from agents.config import Config, preset_names
+from agents.config import COSTS, Config, preset_names
+from agents.runs import Run
 from agents.tuning import tune
 from llmsched_env.errors import InputError, exit_with
+from llmsched_env.files import writing
 
 RIVALS = ("azure-code", "slo-mix", "priorities", "azure-conv")
-PARTS = ("train", "control", "rivals", "gap", "matrix", "ablations")
+PARTS = ("train", "control", "rivals", "gap", "matrix", "ablations", "curves")
 
 
 class Report:
@@ -124,6 +132,74 @@ class Report:
             for label, changes in cases.items()
         }
         yield compare(policies, base.scenario, self.episodes, metric=base.metric)
+
+    def curves(self) -> Iterator[Curves]:
+        names = ["known-lengths", *RIVALS]
+        for name in names:
+            self.trained(name, Config.preset(name))
+        found = {
+            name: [Run.open(self.runs / name / f"seed-{seed}") for seed in range(self.seeds)]
+            for name in names
+        }
+        yield Curves(found, self.runs / "curves.png")
+
+
+class Curves:
+    """What trainings validated at, over their decisions; by preset, a run for each seed."""
+
+    def __init__(self, runs: dict[str, list[Run]], path: Path) -> None:
+        self.runs = runs
+        self._draw(path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For each preset: the metric, decisions, and values, a list for each seed."""
+        return {name: self._values(runs) for name, runs in self.runs.items()}
+
+    @staticmethod
+    def _values(runs: list[Run]) -> dict[str, Any]:
+        metric = runs[0].config.metric
+        rows = [run.read_rows("validation") for run in runs]
+        return {
+            "metric": metric,
+            "vllm_v1": float(rows[0][0]["vllm_v1"]),
+            "decisions": [int(row["steps"]) for row in rows[0]],
+            "values": [[float(row[metric]) for row in of] for of in rows],
+        }
+
+    def table(self) -> Table:
+        """Medians over seeds; collapsed: its last network is worse than vLLM V1."""
+        table = Table("preset", "metric", "decisions", "vLLM V1", "at first", "best", "last", "collapsed")
+        for name, found in self.to_dict().items():
+            values, costs = found["values"], found["metric"] in COSTS
+            best = [min(of) if costs else max(of) for of in values]
+            worse = [(of[-1] > found["vllm_v1"]) == costs for of in values]
+            table.add_row(
+                name,
+                found["metric"],
+                f"{found['decisions'][-1]:,}",
+                f"{found['vllm_v1']:.4g}",
+                f"{np.median([of[0] for of in values]):.4g}",
+                f"{np.median(best):.4g}",
+                f"{np.median([of[-1] for of in values]):.4g}",
+                f"{sum(worse)} of {len(values)}",
+            )
+        return table
+
+    def _draw(self, path: Path) -> None:
+        figure = Figure(figsize=(3.2 * len(self.runs), 3), layout="constrained")
+        for axes, (name, found) in zip(
+            np.atleast_1d(figure.subplots(1, len(self.runs))), self.to_dict().items(), strict=True
+        ):
+            for of in found["values"]:
+                axes.plot(found["decisions"], of, color="tab:blue", linewidth=0.7, alpha=0.6)
+            axes.plot(found["decisions"], np.median(found["values"], axis=0), color="tab:blue")
+            axes.axhline(found["vllm_v1"], color="black", linestyle=":", linewidth=1)
+            axes.set_title(f"{name}: {found['metric']}", fontsize=9)
+            axes.set_xlabel("decisions", fontsize=8)
+            axes.ticklabel_format(axis="x", style="sci", scilimits=(3, 3))
+            axes.tick_params(labelsize=8)
+        with writing(path) as temporary:
+            figure.savefig(temporary, dpi=110)
 
 
 def strongest(config: Config, episodes: int) -> list[str]:
