@@ -20,6 +20,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _numba: Any = numba.config
 _PACKAGE = Path(__file__).resolve().parents[1]
 _CORE = (_PACKAGE / "core", _PACKAGE / "scheduling")
+_NETWORKS = _PACKAGE / "networks" / "core"
 _ENVS = _PACKAGE / "envs"
 _KEPT = 8  # caches of as many versions of such folders stay on disk
 
@@ -52,10 +53,12 @@ def _sources(f: Callable[..., Any]) -> tuple[Path, ...]:
     """The folders whose compiled functions `f` may call: within the package imports point one way; others may
     call all of it and what lies beside them."""
     if f.__module__.startswith("llmsched_env.envs"):
-        return (*_CORE, _ENVS)
+        return (*_CORE, _NETWORKS, _ENVS)
+    if f.__module__.startswith("llmsched_env.networks"):
+        return (*_CORE, _NETWORKS)
     if f.__module__.startswith("llmsched_env."):
         return _CORE
-    return (*_CORE, _ENVS, Path(f.__code__.co_filename).resolve().parent)
+    return (*_CORE, _NETWORKS, _ENVS, Path(f.__code__.co_filename).resolve().parent)
 
 
 @cache

@@ -407,6 +407,7 @@ def evict(e: Engine, r: int) -> bool:
         return True
     q.blocks = 0
     q.recomputed += q.computed
+    s.total_recomputed += q.computed
     q.computed = 0
     q.hold = 0
     if s.defer_victims:

@@ -189,9 +189,15 @@ def _read_requests(req, to: Served) -> None:  # type: ignore[no-untyped-def]
 
 
 def _fill_engine(s: Any, spec: LaneSpec) -> None:
-    config = spec.config
-    assert config.kv_blocks is not None and config.watermark is not None
     spec.pack(s)
+    fill_engine(s, spec.config, spec.kv_bytes_per_token, spec.seed)
+    s["num_dropped"] = int(spec.dropped.sum())
+    s["patient"] = spec.patient
+
+
+def fill_engine(s: Any, config: EngineConfig, kv_bytes_per_token: float, seed: int) -> None:
+    """Write resolved settings into the zeroed record of an engine at time 0."""
+    assert config.kv_blocks is not None and config.watermark is not None
     s["kv_blocks"] = s["free"] = config.kv_blocks
     s["block_size"] = config.block_size
     s["token_budget"] = config.token_budget
@@ -200,11 +206,9 @@ def _fill_engine(s: Any, spec: LaneSpec) -> None:
     s["watermark_blocks"] = int(config.watermark * config.kv_blocks)
     s["swap"] = config.preemption == "swap"
     s["cpu_blocks"] = s["cpu_free"] = 2**31 - 1 if config.cpu_blocks is None else config.cpu_blocks
-    s["swap_s_per_token"] = spec.kv_bytes_per_token / config.swap_bandwidth
+    s["swap_s_per_token"] = kv_bytes_per_token / config.swap_bandwidth
     s["swap_overlap"] = config.swap_overlap
     s["asynchronous"] = bool(config.async_scheduling)
-    s["random"] = spec.seed & (2**64 - 1)
+    s["random"] = seed & (2**64 - 1)
     s["root"] = -1
-    s["num_dropped"] = int(spec.dropped.sum())
     s["last_prefill"] = -1
-    s["patient"] = spec.patient

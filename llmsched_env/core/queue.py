@@ -207,6 +207,22 @@ def first(e: Engine) -> int:
 
 
 @njit
+def first_from(e: Engine, key: float) -> int:
+    """The first request in the queue whose key is at least `key`, -1 if there is none; not where the queue is
+    a set of bits.
+    """
+    req = e.req
+    at, found = e.s.root, -1
+    while at >= 0:
+        if req[at].key >= key:
+            found = at
+            at = req[at].left
+        else:
+            at = req[at].right
+    return found
+
+
+@njit
 def _first_fit_below(req, at: int, free: int) -> int:  # type: ignore[no-untyped-def]
     """The first in the subtree of `at` that needs at most `free` blocks; there is one."""
     while True:

@@ -51,6 +51,21 @@ def span(typing_context: Any, array: Any) -> Any:
     return signature, build
 
 
+@intrinsic
+def part(typing_context: Any, source: Any, at: Any, count: Any) -> Any:
+    """The span of `count` elements of a span from index `at` on; nobody checks that they are there."""
+    signature = source(source, types.intp, types.intp)
+
+    def build(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        result = cgutils.create_struct_proxy(signature.return_type)(context, builder)
+        address = _pointer(context, builder, signature.args[0], args[0], args[1])
+        result.data = builder.bitcast(address, cgutils.voidptr_t)
+        result.size = args[2]
+        return result._getvalue()
+
+    return signature, build
+
+
 def span_at(dtype: Any) -> Any:
     """A compiled function (address, size) -> span of that numpy dtype, for memory that somebody else keeps
     alive.

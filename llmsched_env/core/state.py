@@ -229,6 +229,7 @@ _ENGINE: list[tuple[Any, ...]] = [
     ("total_prefill", "i8"),
     ("total_decode", "i8"),
     ("total_generated", "i8"),
+    ("total_recomputed", "i8"),  # tokens whose KV was dropped, to be computed again
     ("total_wasted", "i8"),  # decode tokens computed after an answer had ended (asynchronous scheduling)
     ("batch_sum", "f8"),  # sum over iterations of requests in the batch
     ("kv_seconds", "f8"),  # integral of resident KV tokens over busy time

@@ -35,6 +35,7 @@ from llmsched_env.core.run import (
 from llmsched_env.core.span import span
 from llmsched_env.core.state import Engine, Lanes, engine_at
 from llmsched_env.scheduling.fastserve import plan_fastserve
+from llmsched_env.scheduling.levels import plan_levels
 from llmsched_env.scheduling.lightllm import plan_lightllm
 from llmsched_env.scheduling.lots import plan_random
 from llmsched_env.scheduling.priority_rule import plan_rule
@@ -71,7 +72,7 @@ __all__ = [
 ]
 
 _RANDOM, _FASTSERVE, _SGLANG, _TRTLLM, _LIGHTLLM, _TGI, _VTC, _RANKED = (int(r) for r in list(Routine)[1:9])
-_SORTED_F, _WAIT, _SLAI, _SIMPLE_CHUNKING, _PRIORITY_RULE = (int(r) for r in list(Routine)[9:])
+_SORTED_F, _WAIT, _SLAI, _SIMPLE_CHUNKING, _PRIORITY_RULE, _LEVELS = (int(r) for r in list(Routine)[9:])
 
 
 @njit
@@ -104,6 +105,8 @@ def plan(e: Engine) -> None:
         plan_simple_chunking(e)
     elif routine == _PRIORITY_RULE:
         plan_rule(e)
+    elif routine == _LEVELS:
+        plan_levels(e)
     else:
         plan_unified(e)
 

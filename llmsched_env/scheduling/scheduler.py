@@ -70,7 +70,8 @@ class Scheduler:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if self.settings.order is Order.SCORE and self.plan is None:
+        own = self.plan is not None or self.settings.routine is Routine.LEVELS
+        if self.settings.order is Order.SCORE and not own:
             raise InputError("order=score is for a plan of one's own that keeps scores; set another order")
 
     def replace(self, **changes: Any) -> Scheduler:

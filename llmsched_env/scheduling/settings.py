@@ -31,6 +31,7 @@ class Routine(enum.IntEnum):
     SLAI = 13
     SIMPLE_CHUNKING = 14
     PRIORITY_RULE = 15
+    LEVELS = 16
 
 
 class Pass(enum.IntEnum):
@@ -393,6 +394,7 @@ _UNREAD: dict[Routine, set[str]] = {
     Routine.SLAI: _OF_PASSES,
     Routine.SIMPLE_CHUNKING: _OF_PASSES - {"sort"},
     Routine.PRIORITY_RULE: _ALONE | _OF_QUEUE,
+    Routine.LEVELS: (_ALONE | _OF_VICTIMS | {"resume"}) - {"max_batch_requests"},
 }
 
 
@@ -428,6 +430,7 @@ def policy_fields() -> list[tuple[Any, ...]]:
         ("last_prefill", "i8"),
         ("saturated", "i8"),
         ("unsorted", "i8"),
+        ("ordered", "i8"),
     ]
     return fields
 

@@ -1,0 +1,1 @@
+"""Networks of engines as packed arrays, and the compiled functions that advance them."""
