@@ -119,7 +119,7 @@ def _fill_requests(req: NDArray[Any], spec: LaneSpec) -> None:
     r = spec.requests
     numbers = (r.prompt_tokens, spec.stop_tokens, spec.limit_tokens, r.priority, r.client, r.class_id)
     measures = (r.arrival_s, r.predicted_tokens, r.ttft_target_s, r.tpot_target_s)
-    _write_requests(
+    write_requests(
         req,
         np.ascontiguousarray(spec.dropped),
         *(np.ascontiguousarray(column, np.int32) for column in numbers),
@@ -128,7 +128,7 @@ def _fill_requests(req: NDArray[Any], spec: LaneSpec) -> None:
 
 
 @njit
-def _write_requests(  # type: ignore[no-untyped-def]
+def write_requests(  # type: ignore[no-untyped-def]
     req, dropped, prompt, stop, limit, priority, client, class_id, arrival, predicted, ttft, tpot
 ) -> None:
     """All fields of zeroed records that do not begin as 0; in one pass over the memory."""

@@ -1,9 +1,9 @@
 """Disciplines by name: in which order the hops at a station are served, whatever station it is.
 
 Under all of them a station composes its iterations as Sarathi-Serve does, group by group
-(`scheduling.levels`): the group that comes first takes its tokens first. A station with a scheduler of its own
-keeps to that; all but `max-weight` and `back-pressure`, which order classes anew in each iteration, then give
-it the order of its queue.
+(`scheduling.levels`): the group that comes first takes its tokens first. A station with a scheduler of its
+own keeps to that; all but `max-weight` and `back-pressure`, which order classes anew in each iteration, then
+give it the order of its queue.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llmsched_env.core.compile import njit
 from llmsched_env.core.config import EngineConfig
-from llmsched_env.core.lanes import _write_requests, fill_engine
+from llmsched_env.core.lanes import fill_engine, write_requests
 from llmsched_env.core.state import REQUEST, aligned_zeros
 from llmsched_env.networks.core.state import (
     CELL,
@@ -153,8 +153,8 @@ def _fill(to: dict[str, Any], spec: NetSpec) -> None:
     n = jobs.num_hops
     numbers = (jobs.prompt_tokens, spec.stop_tokens, spec.limit_tokens, spec.priority, spec.client, jobs.node)
     measures = (np.zeros(n), np.asarray(spec.stop_tokens, np.float64), np.full(n, np.inf), np.full(n, np.inf))
-    columns: list[Any] = [np.ascontiguousarray(x, np.int32) for x in numbers]
-    _write_requests(to["req"], np.zeros(n, bool), *columns, *measures)
+    columns: list[Any] = [*(np.ascontiguousarray(x, np.int32) for x in numbers), *measures]
+    write_requests(to["req"], np.zeros(n, bool), *columns)
     _fill_stations(to, spec)
     to["node"]["pool"] = spec.node_pool
     to["node"]["key"] = spec.node_key

@@ -1,10 +1,10 @@
 """The state of one or many networks of engines, as packed arrays that compiled code advances in place.
 
-A *job* (a program: one run of an agent's workflow) is a set of *hops*, calls of an LLM, each of which
-may wait for others of the job. A hop is a request of `core.state`; it is served by one *station*, an engine with
-its own cost model, settings and scheduler. Stations that may serve the same hops form a *pool*, which a hop is
-routed in when it is released. Hops of a kind, such as the planner's of a workflow, are a *class* (a node of
-the workflow).
+A *job* (a program: one run of an agent's workflow) is a set of *hops*, calls of an LLM, each of which may
+wait for others of the job. A hop is a request of `core.state`; it is served by one *station*, an engine with
+its own cost model, settings and scheduler. Stations that may serve the same hops form a *pool*, in which a
+hop is routed when it is released. Hops of a kind, such as the planner's of a workflow, are a *class* (a node
+of the workflow).
 
 All stations of a network share one array of request records, since a hop is in one queue or batch at most.
 Networks lie one behind the other in shared arrays (`Networks`), so that a batch of them is advanced by one
@@ -160,10 +160,7 @@ HOP = np.dtype(
         ("depth", "i4"),  # hops on the longest path before it
         ("first", "i4"),  # its successors are successors[first : last]
         ("last", "i4"),
-        (
-            "delay",
-            "f8",
-        ),  # seconds from when the last of those before it ends (of the job's arrival) to release
+        ("delay", "f8"),  # seconds until its release, once the last of those before it has ended
         ("attained", "i8"),  # tokens served on the longest path before it
         ("base", "i8"),  # tokens attained when it came, as PLAS or ATLAS count
         ("recomputed", "i8"),  # of these its class knows
