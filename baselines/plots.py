@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
+    from numpy.typing import NDArray
 
     from baselines.bench import Suite
     from llmsched_env.profiles import Profile
@@ -194,6 +195,84 @@ def profile(profile: Profile, path: Path) -> None:
             ax.set_ylim(bottom=0)
             ax.legend()
         figure.suptitle(profile.name, x=0.01, ha="left")
+        _save(figure, path)
+
+
+def measurement(
+    fits: Mapping[str, Profile],
+    chosen: str,
+    measured: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]],
+    path: Path,
+) -> None:
+    """Fits of several forms to measured iterations: measured against fitted, how large the errors are, and
+    iteration time over tokens.
+
+    Args:
+        fits: profiles by form; `chosen` is one of them.
+        measured: by part, "grid" that was fitted and "held-out" that was not, features (n, 6) in the order of
+            `core.cost` and seconds (n,).
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(12.5, 3.8), layout="constrained")
+        against, errors, tokens = figure.subplots(1, 3)
+        profile = fits[chosen]
+
+        ends: list[float] = []
+        for (part, (features, seconds)), colour, marker in zip(
+            measured.items(), COLOURS, MARKERS, strict=False
+        ):
+            fitted = profile.time(*features.T)
+            against.plot(
+                1000 * seconds, 1000 * fitted, marker, color=colour, alpha=0.6, markersize=3.5, label=part
+            )
+            ends += [*(1000 * seconds), *(1000 * fitted)]
+        against.plot([min(ends), max(ends)], [min(ends), max(ends)], color=OTHERS, zorder=0)
+        against.set_xscale("log")
+        against.set_yscale("log")
+        _plain_ticks(against.xaxis)
+        _plain_ticks(against.yaxis)
+        against.set_xlabel("measured (ms)")
+        against.set_ylabel(f"{chosen} (ms)")
+        against.set_title("iterations", loc="left")
+
+        features, seconds = measured["held-out"]
+        mixes = (features[:, 0] > 0) & (features[:, 4] > 0)
+        for (form, fit), colour in zip(fits.items(), COLOURS, strict=False):
+            sizes = np.sort(100 * np.abs(fit.time(*features[mixes].T) / seconds[mixes] - 1))
+            share = np.arange(1, len(sizes) + 1) / len(sizes)
+            errors.step(sizes, share, where="post", color=colour, label=form)
+        errors.set_xscale("symlog", linthresh=1)
+        errors.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        errors.set_xlim(left=0)
+        errors.set_ylim(0, 1.02)
+        errors.set_xlabel("size of the error (%)")
+        errors.set_ylabel("share of the held-out mixes")
+        errors.set_title("forms", loc="left")
+
+        features, seconds = measured["grid"]
+        alone = (features[:, 1] == 1) & (features[:, 3] == 0) & (features[:, 4] == 0)
+        decodes = features[:, 0] == 0
+        context = np.where(decodes, features[:, 5] / np.maximum(features[:, 4], 1), np.nan)
+        seen = np.unique(context[decodes])
+        cases = [(alone, "a prompt")]
+        cases += [(context == c, f"decodes that read {c:,.0f}") for c in (seen[0], seen[-1])[: len(seen)]]
+        for (rows, label), colour, marker in zip(cases, COLOURS, MARKERS, strict=False):
+            order = np.argsort(features[rows, 0] + features[rows, 4])
+            found = features[rows][order]
+            size = found[:, 0] + found[:, 4]
+            tokens.plot(size, 1000 * seconds[rows][order], marker, color=colour, label=label)
+            tokens.plot(size, 1000 * profile.time(*found.T), color=colour, linewidth=1.0)
+        tokens.set_xscale("log")
+        tokens.set_yscale("log")
+        _plain_ticks(tokens.xaxis)
+        _plain_ticks(tokens.yaxis)
+        tokens.set_xlabel("tokens of the iteration")
+        tokens.set_ylabel("time (ms)")
+        tokens.set_title(f"measured, and {chosen} (lines)", loc="left")
+
+        for ax in (against, errors, tokens):
+            ax.legend()
+        figure.suptitle(f"{profile.name}: {profile.model} on {profile.gpu}", x=0.01, ha="left")
         _save(figure, path)
 
 
