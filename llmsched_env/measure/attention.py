@@ -128,12 +128,15 @@ def plain(query: Tensor, keys: Tensor, values: Tensor, part: Part) -> Tensor:
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     out = torch.empty(query.shape, dtype=wide, device=query.device)
     for group in part.groups:
-        q, k, v = (x.to(wide) for x in _views(query, keys, values, group))
-        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-        seen = torch.ones(group.new, group.total, dtype=torch.bool, device=q.device)
-        scores.masked_fill_(~seen.tril(group.total - group.new), float("-inf"))
-        _put(out, group, scores.softmax(-1) @ v)
+        seen = torch.ones(group.new, group.total, dtype=torch.bool, device=query.device)
+        seen = seen.tril(group.total - group.new)
+        found = []
+        for one in zip(*_views(query, keys, values, group), strict=True):  # by request: it takes much memory
+            q, k, v = (x.to(wide) for x in one)
+            k, v = (x.repeat_interleave(q.shape[0] // k.shape[0], dim=0) for x in (k, v))
+            scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+            found.append(scores.masked_fill_(~seen, float("-inf")).softmax(-1) @ v)
+        _put(out, group, torch.stack(found))
     return out
 
 

@@ -174,7 +174,7 @@ class Journal:
             raise InputError(
                 f"cannot write {self._files.rows}: {error.strerror or error}; make room, then --resume"
             ) from None
-        self.rows[row.batch] = row
+        self.rows[row.batch] = _row(row.cells())  # as one that goes on reads it
 
     def note(self, **facts: Any) -> None:
         """Add to `about`, on disk as well."""

@@ -137,16 +137,17 @@ def _provenance(outcome: Outcome, form: str, mixes: int) -> str:
     graphs = f", CUDA graphs up to {settings.graph_tokens} tokens" if settings.device == "cuda" else ""
     skipped = f", {len(outcome.skipped)} more skipped for lack of memory" if outcome.skipped else ""
     gib = outcome.plan.memory.total / settings.utilization / GIB
+    decode, prompt = (f"{checks[f'{kind}_over_floor']:.2f}" for kind in ("decode", "prefill"))
     return (
         f"Measured by `llmsched profiles measure`, begun {about['begun']}, on {hardware['device']} "
         f"({versions}): a decoder of {shape.name}'s shape with random weights, {settings.dtype}, {layers}, "
         f"KV cache in pages of {memory.PAGE} tokens; attention by {kernels}; small operations "
-        f"{about['kernels']['small operations']}{graphs}. Medians of {settings.repeats} or more iterations of "
-        f"each of {fitted} batches up to {settings.max_tokens:,} tokens, {settings.max_decodes} decodes and "
-        f"contexts of {settings.max_context:,}{skipped}; the {form} form fitted to them. The errors are those "
-        f"on {mixes} other mixes at random. Measured over floor: a decode {checks['decode_over_floor']:.2f} "
-        f"(bytes over {checks['bandwidth'] / 1e9:,.0f} GB/s reached), a prompt "
-        f"{checks['prefill_over_floor']:.2f} (operations over {checks['flops'] / 1e12:,.1f} TFLOP/s "
-        "reached). Time of the device alone; set cpu_s for an engine that does not schedule asynchronously. "
-        f"KV capacity: computed, {settings.utilization:g} x {gib:.1f} GiB less weights and activations."
+        f"{about['kernels']['small operations']}{graphs}. Medians of {settings.repeats} or more iterations "
+        f"of each of {fitted} batches up to {settings.max_tokens:,} tokens, {settings.max_decodes} decodes "
+        f"and contexts of {settings.max_context:,}{skipped}; the {form} form fitted to them. The errors are "
+        f"those on {mixes} other mixes at random. Measured over floor: a decode {decode} (bytes over "
+        f"{checks['bandwidth'] / 1e9:,.0f} GB/s reached), a prompt {prompt} (operations over "
+        f"{checks['flops'] / 1e12:,.1f} TFLOP/s reached). Time of the device alone; set cpu_s for an engine "
+        f"that does not schedule asynchronously. KV capacity: computed, {settings.utilization:g} x "
+        f"{gib:.1f} GiB less weights and activations."
     )

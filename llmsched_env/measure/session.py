@@ -153,8 +153,9 @@ def run(
             if _all_measured(planned, journal):  # for another form of the fit, say
                 return Outcome(settings, files, planned, journal.about, journal.rows, {}, 0)
         _require_free(planned, on)
+        peaks = _peaks(settings, on, say)  # before the decoder takes its memory
         decoder = _build(settings, planned, on, journal)
-        checks = _check(settings, decoder, on, say)
+        checks = {**peaks, **_check(settings, decoder, on, peaks, say)}
         if journal is None:
             about = {**facts, "kernels": decoder.notes, "checks": checks, "begun": _now()}
             journal = Journal.create(files, about)
@@ -207,7 +208,7 @@ def _build(settings: Settings, planned: Plan, on: Device, journal: Journal | Non
     kernels = before and {use: found["chosen"] for use, found in before["attention"].items()}
     try:
         decoder = Decoder(settings, on, planned.pages, kernels=kernels)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not device.out_of_memory(error):
             raise
         raise InputError(
@@ -225,12 +226,8 @@ def _build(settings: Settings, planned: Plan, on: Device, journal: Journal | Non
 # ---------------------------------------------------------------------- two numbers first
 
 
-def _check(settings: Settings, decoder: Decoder, on: Device, say: Callable[[str], None]) -> dict[str, float]:
-    """The peaks, and how near an iteration comes to them: bytes over bandwidth, operations over peak.
-
-    A decode of one request has to read all weights; a long prompt has to do all operations. What is measured
-    can be no faster than that; if it is far slower, the program or the machine has a fault.
-    """
+def _peaks(settings: Settings, on: Device, say: Callable[[str], None]) -> dict[str, float]:
+    """Bytes and operations per second that PyTorch reaches; beside them the share of the datasheet's."""
     from llmsched_env.measure import device
 
     shape, tokens = settings.shape, min(settings.max_tokens, settings.max_context)
@@ -249,9 +246,35 @@ def _check(settings: Settings, decoder: Decoder, on: Device, say: Callable[[str]
             f"that is {peaks['bandwidth_of_datasheet']:.0%} and {peaks['flops_of_datasheet']:.0%} of the "
             f"datasheet's for {known.name}"
         )
+    on.release()
+    return peaks
+
+
+def _check(
+    settings: Settings, decoder: Decoder, on: Device, peaks: dict[str, float], say: Callable[[str], None]
+) -> dict[str, float]:
+    """How near an iteration comes to the peaks: bytes over bandwidth, operations over peak.
+
+    A decode of one request has to read all weights; a long prompt has to do all operations. What is measured
+    can be no faster than that; if it is far slower, the program or the machine has a fault.
+
+    Raises:
+        InputError: the longest prompt does not fit the memory.
+    """
+    from llmsched_env.measure import device
+
+    shape, tokens = settings.shape, min(settings.max_tokens, settings.max_context)
     decode, prefill = Batch(decodes=((1, 128),)), Batch(chunks=((1, tokens, 0),))
-    found: dict[str, float] = dict(peaks)
-    peak = _peak_bytes(decoder, on, prefill)
+    found: dict[str, float] = {}
+    try:
+        peak = _peak_bytes(decoder, on, prefill)
+    except (RuntimeError, MemoryError) as error:
+        if not device.out_of_memory(error):
+            raise
+        raise InputError(
+            f"the memory did not suffice for a prompt of {tokens} tokens: {_first_line(error)}; give a "
+            "smaller --max-tokens, or --memory-gib"
+        ) from None
     if peak is not None:
         found["activation_bytes"] = float(peak)
     for name, batch, floor, what in (
@@ -331,7 +354,7 @@ def _measure(
             row = Row(batch, part, timing.seconds, timing.spread_s, timing.repeats)
         except _Stop:
             raise Interrupted(before + n - 1 - len(skipped), len(whole)) from None
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise InputError(
                     f"{batch} failed: {_first_line(error)}; the rows before are in {files.rows}, and "
