@@ -219,6 +219,7 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
+@torch.inference_mode()
 def choose(
     on: Device,
     samples: Mapping[str, tuple[Tensor, Tensor, Tensor, Part]],

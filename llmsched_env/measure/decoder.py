@@ -207,10 +207,14 @@ class Decoder:
         """What attention kernels are tried on, of the sizes that matter most, as far as the cache goes."""
         context = min(2048, settings.max_context, pages * PAGE)
         new = min(1024, settings.max_tokens, context // 2)
-        decodes = max(1, min(32, settings.max_decodes, pages // -(-context // PAGE)))
+        # Decodes of several lengths, as engines have them: some kernels need a call for each.
+        each = max(1, min(32, settings.max_decodes, pages // -(-context // PAGE)) // 4)
+        decodes = [(each, 1, max(1, context // part) - 1) for part in (1, 2, 3, 4)]
+        while sum(n * -(-(cached + 1) // PAGE) for n, _, cached in decodes) > pages:
+            decodes.pop()
         found = {}
         for use, requests in (
-            ("decode", [(decodes, 1, context - 1)]),
+            ("decode", decodes),
             ("prefill", [(1, new, 0)]),
             ("chunk", [(1, new, context - new)]),
         ):
