@@ -937,8 +937,10 @@ def test_the_command_from_the_grid_to_a_simulation(tmp_path, monkeypatch, capsys
     assert (said["measured"], said["measured_now"], said["skipped"]) == (47, 43, {})
     assert said["form"] in report.FORMS and set(said["errors"]) == set(report.FORMS)
     assert {"R2", "median_rel", "p95_rel"} <= set(said["errors"]["hinge"]["mix"])
-    assert sorted(os.listdir()) == ["mine.about.json", "mine.csv", "mine.json", "mine.png"]
-    assert Path("mine.png").read_bytes()[:4] == b"\x89PNG" and Path("mine.png").stat().st_size > 10_000
+    assert sorted(os.listdir()) == ["mine.about.json", "mine.csv", "mine.fit.png", "mine.json"]
+    assert (
+        Path("mine.fit.png").read_bytes()[:4] == b"\x89PNG" and Path("mine.fit.png").stat().st_size > 10_000
+    )
 
     # Another form of the same times; nothing is measured.
     assert main([*OPTIONS, "--output", "mine.json", "--resume", "--form", "linear"]) == 0

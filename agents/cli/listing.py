@@ -99,7 +99,7 @@ app.add_typer(profiles_app, name="profiles")
 
 @profiles_app.callback(invoke_without_command=True)
 def profiles_(context: typer.Context) -> None:
-    """List the cost profiles, or show one: how long an iteration takes."""
+    """List the cost profiles; show one, or measure one: how long an iteration takes."""
     if context.invoked_subcommand is not None:
         return
     from llmsched_env import profiles

@@ -175,11 +175,9 @@ class Decoder:
     @torch.inference_mode()
     def ends(self, inputs: Inputs) -> Tensor:
         """An iteration without its layers: embedding, last norm, head."""
-        return self._logits(F.embedding(inputs.tokens, self.embedding), inputs).argmax(-1)
-
-    def _logits(self, residual: Tensor, inputs: Inputs) -> Tensor:
+        residual = F.embedding(inputs.tokens, self.embedding)
         normed = F.rms_norm(residual, residual.shape[1:], self.norm, _EPSILON)
-        return F.linear(normed[inputs.last], self.head)
+        return F.linear(normed[inputs.last], self.head).argmax(-1)
 
     def _attention(self, q: Tensor, keys: Tensor, values: Tensor, inputs: Inputs) -> Tensor:
         found = [self._kernels[made.use](q[made.rows], keys, values, made) for made in inputs.parts]

@@ -3,7 +3,7 @@
 NAME.json        the profile, at the end
 NAME.csv         a row for each batch, as it is measured; `scripts/fit_cost.py` reads it too
 NAME.about.json  settings, hardware, versions, kernels, checks
-NAME.png         measured against fitted, at the end
+NAME.fit.png     measured against fitted, at the end
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Files:
 
     @property
     def picture(self) -> Path:
-        return self.profile.with_suffix(".png")
+        return self.profile.with_suffix(".fit.png")  # NAME.png is what `llmsched profiles show` draws
 
     def check(self, resume: bool) -> None:
         """Before anything is measured.
