@@ -654,7 +654,7 @@ def test_it_stops_and_goes_on(tmp_path, whole):
     with pytest.raises(Interrupted) as raised:
         session.run(FAST, path, progress=progress, stop=stop)
     files, total = journal.Files(path), len(whole[0].rows)
-    assert (raised.value.done, raised.value.total) == (5, total)
+    assert (raised.value.done, raised.value.total, raised.value.begun) == (5, total, True)
     first = files.rows.read_text()
     assert first.count("\n") == 6 and first.endswith("\n")
     seen: list[session.Progress] = []
@@ -663,6 +663,12 @@ def test_it_stops_and_goes_on(tmp_path, whole):
     assert outcome.fresh == total - 5 and seen[0].done == 6
     assert set(outcome.rows) == set(whole[0].rows)
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
+
+
+def test_it_stops_before_the_first_batch(tmp_path):
+    with pytest.raises(Interrupted, match=r"^0 of 47 batches are measured; nothing is kept$") as raised:
+        session.run(FAST, tmp_path / "mine.json", stop=lambda: True)
+    assert not raised.value.begun and not list(tmp_path.iterdir())
 
 
 def test_what_is_all_measured_is_not_measured_again(tmp_path, whole, monkeypatch):

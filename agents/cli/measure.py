@@ -119,7 +119,7 @@ def measure(
         with _asked_to_stop() as stop, _Bar(quiet=as_json) as progress:
             outcome = run(settings, output, resume=resume, say=say, progress=progress, stop=stop)
     except Interrupted as error:
-        print(f"{error}; the same command with --resume goes on", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 130
     report = of(outcome, form)
     write(report, outcome)

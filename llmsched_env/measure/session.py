@@ -34,11 +34,13 @@ class Interrupted(Exception):
 
     Attributes:
         done, total: batches.
+        begun: whether there are files to go on with.
     """
 
-    def __init__(self, done: int, total: int) -> None:
-        super().__init__(f"{done} of {total} batches are measured")
-        self.done, self.total = done, total
+    def __init__(self, done: int, total: int, *, begun: bool = True) -> None:
+        how = "the same command with --resume goes on" if begun else "nothing is kept"
+        super().__init__(f"{done} of {total} batches are measured; {how}")
+        self.done, self.total, self.begun = done, total, begun
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +136,7 @@ def run(
         resume: go on with what is there; rows that are measured are not measured again.
         say: told what is found before the batches, a line at a time.
         progress: told how it stands, after each batch.
-        stop: asked after each few repetitions; once it says yes, `Interrupted` is raised.
+        stop: asked between repetitions; once it says yes, `Interrupted` is raised.
 
     Raises:
         InputError: PyTorch or the device is missing, the memory does not suffice, the files cannot be
@@ -155,13 +157,16 @@ def run(
         _require_free(planned, on)
         peaks = _peaks(settings, on, say)  # before the decoder takes its memory
         decoder = _build(settings, planned, on, journal)
-        checks = {**peaks, **_check(settings, decoder, on, peaks, say)}
+        checks = {**peaks, **_check(settings, decoder, on, peaks, say, stop)}
         if journal is None:
             about = {**facts, "kernels": decoder.notes, "checks": checks, "begun": _now()}
             journal = Journal.create(files, about)
         else:
             _compare_checks(journal.about["checks"], checks, say)
         return _measure(settings, files, planned, decoder, on, journal, progress, stop)
+    except _Stop:
+        done = 0 if journal is None else len(journal.rows)
+        raise Interrupted(done, planned.batches, begun=journal is not None) from None
     finally:
         if journal is not None:
             journal.close()
@@ -251,7 +256,12 @@ def _peaks(settings: Settings, on: Device, say: Callable[[str], None]) -> dict[s
 
 
 def _check(
-    settings: Settings, decoder: Decoder, on: Device, peaks: dict[str, float], say: Callable[[str], None]
+    settings: Settings,
+    decoder: Decoder,
+    on: Device,
+    peaks: dict[str, float],
+    say: Callable[[str], None],
+    stop: Callable[[], bool],
 ) -> dict[str, float]:
     """How near an iteration comes to the peaks: bytes over bandwidth, operations over peak.
 
@@ -281,7 +291,7 @@ def _check(
         ("decode", decode, bytes_read(shape, decode) / peaks["bandwidth"], "bytes over bandwidth"),
         ("prefill", prefill, operations(shape, prefill) / peaks["flops"], "operations over peak"),
     ):
-        seconds = _time(settings, decoder, on, batch, lambda: False).seconds
+        seconds = _time(settings, decoder, on, batch, stop).seconds
         found |= {f"{name}_s": seconds, f"{name}_floor_s": floor, f"{name}_over_floor": seconds / floor}
         say(
             f"{name} {batch}: {1000 * seconds:.3f} ms, {what} {1000 * floor:.3f} ms: "
@@ -352,8 +362,6 @@ def _measure(
         try:
             timing = _time(settings, decoder, on, batch, stop)
             row = Row(batch, part, timing.seconds, timing.spread_s, timing.repeats)
-        except _Stop:
-            raise Interrupted(before + n - 1 - len(skipped), len(whole)) from None
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise InputError(
