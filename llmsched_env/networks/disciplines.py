@@ -22,8 +22,8 @@ class Discipline:
     Attributes:
         name: as in tables and on the command line.
         rule: what gives a hop its key.
-        keys: with the rule CLASS, the key of each node, lowest first: "priority" (the node's own), "left"
-            (expected hops after it) or "done" (expected hops before it).
+        keys: with the rule CLASS, the key of each node, lowest first: "priority" (the node's own) or "left"
+            (expected hops after it, `Workflow.hops_left`).
         quantum: with the rules PLAS and ATLAS, tokens of the first level; each further one is twice as large.
         summary: what it is, and where it is from.
     """
@@ -35,8 +35,8 @@ class Discipline:
     summary: str = ""
 
     def __post_init__(self) -> None:
-        if self.keys not in ("priority", "left", "done"):
-            raise unknown("keys of a discipline", self.keys, ("priority", "left", "done"))
+        if self.keys not in ("priority", "left"):
+            raise unknown("keys of a discipline", self.keys, ("priority", "left"))
         if isinstance(self.quantum, bool) or not isinstance(self.quantum, int) or self.quantum < 1:
             raise InputError(f"quantum must be a whole number of tokens, at least 1, not {self.quantum!r}")
 

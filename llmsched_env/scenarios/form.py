@@ -99,14 +99,14 @@ def write(scenario: Scenario) -> str:
 
 
 def _scenario(data: Any, name: str, folder: Path | None) -> Scenario:
-    _check("the scenario", data, _SCENARIO)
+    check("the scenario", data, _SCENARIO)
     for key in ("workload", "profile"):
         if key not in data:
             raise InputError(f"lacks {key}")
     data = {"name": name, **data}
-    _check("engine", data.get("engine", {}), _ENGINE)
+    check("engine", data.get("engine", {}), _ENGINE)
     data["engine"] = EngineConfig(**data.get("engine", {}))
-    data["profile"] = _profile(data["profile"], folder)
+    data["profile"] = read_profile(data["profile"], folder)
     data["workload"] = _workload(data["workload"], data["name"], folder)
     if "references" in data:
         data["references"] = _references(data["references"], folder)
@@ -115,11 +115,12 @@ def _scenario(data: Any, name: str, folder: Path | None) -> Scenario:
     return made
 
 
-def _profile(data: Any, folder: Path | None) -> str | Profile:
+def read_profile(data: Any, folder: Path | None) -> str | Profile:
+    """A profile's name, or the profile that a mapping describes; paths are relative to `folder`."""
     if isinstance(data, str):
         return str(folder / data) if folder is not None and data.endswith(".json") else data
     fields = dataclasses.fields(Profile)
-    _check("profile", data, {field.name: str(field.type) for field in fields})
+    check("profile", data, {field.name: str(field.type) for field in fields})
     for key in ("name", "form", "params"):
         if key not in data:
             raise InputError(f"profile lacks {key}")
@@ -138,7 +139,7 @@ def _workload(data: dict[str, Any], name: str, folder: Path | None) -> Workload:
     kinds = [kind for kind in _KINDS if kind in data]
     if len(kinds) != 1:
         raise InputError(f"workload needs one of {', '.join(_KINDS)}; it has {' and '.join(kinds) or 'none'}")
-    _check("workload", data, _KINDS[kinds[0]])
+    check("workload", data, _KINDS[kinds[0]])
     options = {k: v for k, v in data.items() if k != kinds[0]}
     value = data[kinds[0]]
     if kinds[0] == "name":
@@ -149,7 +150,7 @@ def _workload(data: dict[str, Any], name: str, folder: Path | None) -> Workload:
         return workloads.trace((folder or Path()) / value, **options)
     if kinds[0] == "outputs":
         for tokens in value:
-            _check("outputs", {"each": tokens}, {"each": "int"})
+            check("outputs", {"each": tokens}, {"each": "int"})
         return Shuffled(name, tuple(value), **options)
     classes = [each for one in value for each in _classes(one)]
     return Synthetic(name, tuple(classes)).replace(**options)
@@ -157,14 +158,14 @@ def _workload(data: dict[str, Any], name: str, folder: Path | None) -> Workload:
 
 def _classes(data: Any) -> list[RequestClass]:
     """The class, or the classes of the workload that it names: their shares are parts of its share."""
-    _check("a class", data, _CLASS)
+    check("a class", data, _CLASS)
     if "lengths" not in data:
         raise InputError("a class lacks lengths")
     marks = {k: v for k, v in data.items() if k not in ("lengths", "share")}
     if isinstance(data["lengths"], str):
         named = workloads.get(data["lengths"]).classes
     else:
-        _check("lengths", data["lengths"], _LENGTHS)
+        check("lengths", data["lengths"], _LENGTHS)
         if not {"prompt", "output"} <= data["lengths"].keys():
             raise InputError("lengths lack prompt or output")
         prompt, output = (lengths.get(data["lengths"][side]) for side in ("prompt", "output"))
@@ -174,7 +175,7 @@ def _classes(data: Any) -> list[RequestClass]:
     return [dataclasses.replace(c, share=c.share * part, **marks) for c in named]
 
 
-def _check(what: str, data: Any, annotations: Mapping[str, str]) -> None:
+def check(what: str, data: Any, annotations: Mapping[str, str]) -> None:
     """Complain of a key that is not annotated, or a value of another type."""
     if not isinstance(data, dict):
         raise InputError(f"{what} must be a mapping of names to values, not {data!r}")

@@ -42,7 +42,8 @@ def plan_levels(e: Engine) -> None:
         else:
             key = min(req[running[i]].key, req[head].key)
         admitting = _serve(e, key, i, admitting) and admitting
-        if s.num_victims > 0:
+        if s.num_victims > 0:  # nobody is admitted any more
+            admitting = False
             i = first_at(e, key)
         while i < s.ordered and req[running[i]].key <= key:
             i += 1

@@ -118,6 +118,36 @@ def _zipf(zipf: Zipf) -> NDArray[np.float64]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Poisson:
+    """`plus` and a Poisson number of tokens; 0 tokens count as 1."""
+
+    mean: float
+    plus: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mean <= 2**20:
+            raise InputError(f"poisson: mean {self.mean!r} is not between 0 and {2**20}")
+        if not 0 <= self.plus <= 2**20:
+            raise InputError(f"poisson: plus {self.plus!r} is not a whole number from 0 to {2**20}")
+
+    @property
+    def largest(self) -> int:
+        return self.plus + len(_poisson(self))
+
+    def quantile(self, u: Uniforms) -> Tokens:
+        return np.maximum(1, self.plus + np.searchsorted(_poisson(self), u, side="right")).astype(np.int64)
+
+
+@lru_cache(maxsize=64)
+def _poisson(poisson: Poisson) -> NDArray[np.float64]:
+    """The distribution function from 0 on, to where what is left is lost in rounding."""
+    mean = poisson.mean
+    k = np.arange(int(mean + 12 * math.sqrt(mean) + 40))
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, len(k))))])
+    return np.cumsum(np.exp(k * math.log(mean) - mean - log_factorial))
+
+
+@dataclasses.dataclass(frozen=True)
 class Table:
     """An empirical distribution, as knots of its distribution function; between knots the mass is even.
 
@@ -185,7 +215,7 @@ class Table:
         return Table(tuple(int(v) for v in x[knots]), tuple(int(v) for v in y[knots]))
 
 
-KNOWN: dict[str, Any] = {"fixed": Fixed, "uniform": Uniform, "lognormal": Lognormal, "zipf": Zipf}
+KNOWN: dict[str, Any] = {"fixed": Fixed, "uniform": Uniform, "lognormal": Lognormal, "zipf": Zipf, "poisson": Poisson}
 
 
 def get(spec: str | int | Marginal) -> Marginal:

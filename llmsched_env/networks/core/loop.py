@@ -44,7 +44,7 @@ from llmsched_env.core.engine import Place, begin_plan, end_plan, enter_queue, e
 from llmsched_env.core.state import Engine, Status
 from llmsched_env.networks.core.keys import key_of, plan_by_pressure, raise_keys
 from llmsched_env.networks.core.route import ASK, choose_station, remaining_tokens
-from llmsched_env.networks.core.state import Failure, Net, Phase, Rule, Standing, engine_of
+from llmsched_env.networks.core.state import Failure, Net, Networks, Phase, Rule, Standing, engine_of, network_at
 from llmsched_env.networks.core.timed import pop_timed, push_timed
 from llmsched_env.scheduling import plan as plan_any
 from llmsched_env.scheduling.levels import begin_levels, end_levels, plan_full, plan_levels, serve_level
@@ -239,13 +239,20 @@ def next_event(net: Net) -> float:
 def pass_time(net: Net, t: float, last: bool) -> None:
     """Let time go by until t, during which nothing happens: take samples of what is there, those due at t
     only if nothing happens then either (`last`).
+
+    When there is no room for another one, every second sample is dropped, and from then on they are taken
+    half as often.
     """
     g = net.g
     stations = len(net.station)
-    while (g.samples + 1) * (stations + 1) <= len(net.samples):
+    room = len(net.samples) // (stations + 1)
+    while room > 1:
         when = g.samples * g.sample_s
         if when > t or (when == t and not last):
             break
+        if g.samples == room:
+            _thin(net)
+            continue
         row = g.samples * (stations + 1)
         for k in range(stations):
             net.samples[row + k] = remaining_tokens(net, k)
@@ -253,6 +260,17 @@ def pass_time(net: Net, t: float, last: bool) -> None:
         g.samples += 1
     g.area += g.jobs_in * (t - g.clock)
     g.clock = t
+
+
+@njit
+def _thin(net: Net) -> None:
+    """Keep every second sample."""
+    g, width = net.g, len(net.station) + 1
+    g.samples = (g.samples + 1) // 2
+    for i in range(1, g.samples):
+        for k in range(width):
+            net.samples[i * width + k] = net.samples[2 * i * width + k]
+    g.sample_s *= 2.0
 
 
 @njit
@@ -358,6 +376,18 @@ def advance(net: Net, horizon: float, most: int) -> int:
 def advance_levels(net: Net, horizon: float, most: int) -> int:
     """`advance` where the scheduler of every station is the routine LEVELS; compiled far faster."""
     return advance_by(net, horizon, most, plan_levels)
+
+
+@njit
+def run_network(networks: Networks, i: int, horizon: float, most: int) -> int:
+    """`advance` of network i."""
+    return advance(network_at(networks, i), horizon, most)
+
+
+@njit
+def run_network_levels(networks: Networks, i: int, horizon: float, most: int) -> int:
+    """`advance_levels` of network i."""
+    return advance_levels(network_at(networks, i), horizon, most)
 
 
 # ---------------------------------------------------------------------- from outside

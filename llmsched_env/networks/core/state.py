@@ -97,7 +97,7 @@ NET = np.dtype(
         # settings
         ("rule", "i8"),
         ("quantum", "i8"),  # tokens of the first level of PLAS and ATLAS
-        ("sample_s", "f8"),  # seconds between samples
+        ("sample_s", "f8"),  # seconds between samples, the first being at 0
         # samples taken
         ("samples", "i8"),
         ("error", "i8"),
