@@ -251,7 +251,7 @@ class Engine:
                 if call.generated == 1:
                     call.first_token = now
                 if call.generated >= call.output:
-                    call.state, call.finish = "done", now
+                    call.state, call.finish = "ended", now
                     self.running.remove(call)
                     self.calls.remove(call)
                     done.append(call)
@@ -401,6 +401,7 @@ class Oracle:
                 if engine.busy_until == self.now:
                     due.append(engine)
                     for call in engine.end():
+                        call.state = "done"
                         for after in call.after:
                             if after.state == "future" and all(b.state == "done" for b in after.before):
                                 release(after, ready)

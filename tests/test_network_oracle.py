@@ -109,7 +109,6 @@ def _jobs(rng: np.random.Generator, classes: int) -> Jobs:
     )
 
 
-@settings(max_examples=4 * settings.default.max_examples)
 @given(cases())
 def test_the_compiled_network_equals_the_oracle(case):
     network, jobs, discipline, seed = case
