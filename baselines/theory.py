@@ -9,8 +9,9 @@ their b_max, `max_batch_requests` their k_max.
 from __future__ import annotations
 
 from baselines.registry import scheduler
+from llmsched_env.core.engine import Order, Place
 from llmsched_env.core.state import Hold
-from llmsched_env.scheduling import Pass, Scheduler, Settings, Sort
+from llmsched_env.scheduling import Pass, Routine, Scheduler, Settings, Sort
 
 _ENGINE = {"max_num_seqs": 1_000_000, "token_budget": 512}
 
@@ -56,3 +57,18 @@ def dai_sarathi() -> Scheduler:
     Source: Dai, Deng, Li, Peng (arXiv 2504.07347v3, section 4), rule as restated in adolgert/Concourse.jl.
     """
     return _composition(Pass.DECODES, Pass.CHUNKS, Pass.ADMIT, mixed=True)
+
+
+@scheduler("dai-sarathi-priority")
+def dai_sarathi_priority() -> Scheduler:
+    """Sarathi-Serve's composition priority by priority: the lowest number takes its tokens first.
+
+    Not preemptive beyond the iteration: who runs keeps its KV cache, and waits when others use up the budget.
+
+    Source: the class priorities of Dai, Deng, Li, Peng (arXiv 2504.07347v3, section 5), as restated in
+    adolgert/Concourse.jl.
+    """
+    settings = Settings(
+        routine=Routine.LEVELS, order=Order.PRIORITY, resume=Place.KEY, test=Hold.PEAK, hold=Hold.PEAK
+    )
+    return Scheduler("", settings, _ENGINE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from network_oracle import Oracle
 
@@ -28,9 +28,7 @@ from llmsched_env.workloads.lengths import Fixed, Lengths
 PROFILES = [
     Profile("unit", "staircase", {"c": 1.0, "a": 0.0, "b0": 1.0}),
     Profile("staircase", "staircase", {"c": 0.011, "a": 0.035, "b0": 8.0}),
-    Profile(
-        "linear", "linear", {"c0": 0.007, "c1": 1.1e-4, "c2": 3.3e-5, "c3": 1.7e-7, "c4": 1.3e-8}
-    ),
+    Profile("linear", "linear", {"c0": 0.007, "c1": 1.1e-4, "c2": 3.3e-5, "c3": 1.7e-7, "c4": 1.3e-8}),
 ]
 
 
@@ -48,9 +46,10 @@ def cases(draw: st.DrawFn) -> tuple[Network, Jobs, str, int]:
         scheduler = TOKEN_LEVEL.replace(max_batch_requests=int(rng.choice([0, 0, 0, 2, 5])))
         if preempting:
             scheduler = scheduler.replace(test=Hold.KNOWN, hold=Hold.CHUNK)
+        block_size = int(rng.choice([1, 4]))
         engine = EngineConfig(
-            kv_blocks=int(rng.choice([30, 60, 1000])),
-            block_size=int(rng.choice([1, 4])),
+            kv_blocks=int(rng.choice([28, 28, 40, 1000])) // block_size,
+            block_size=block_size,
             token_budget=int(rng.choice([6, 16, 64])),
             max_num_seqs=int(rng.choice([3, 100])),
         )
@@ -127,9 +126,7 @@ def test_the_compiled_network_equals_the_oracle(case):
     assert np.array_equal(result.job_finish_s, oracle.job_finish)
     assert result.iterations.tolist() == [engine.iterations for engine in oracle.engines]
     assert np.allclose(result.utilisation * result.end_s, [e.busy for e in oracle.engines], rtol=1e-12)
-    for time, tokens, inside in zip(
-        result.time_s, result.backlog_tokens, result.jobs_in_system, strict=True
-    ):
+    for time, tokens, inside in zip(result.time_s, result.backlog_tokens, result.jobs_in_system, strict=True):
         if time < result.end_s:
             assert (tokens.tolist(), inside) == oracle.at(time)
 

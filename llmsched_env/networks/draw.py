@@ -210,7 +210,8 @@ class _Drawing:
                 self._loop(part, starts, on, closed)
             else:
                 incoming = self.workflow.edges_to(part)
-                self._visit(part, self._called(incoming) | (on & (part in starts)), incoming, closed)
+                called = self._called(incoming)
+                self._visit(part, np.logical_or(called, on) if part in starts else called, incoming, closed)
 
     def _called(self, edges: Sequence[int]) -> NDArray[np.bool_]:
         """(jobs,) whether any of these edges has fired."""
@@ -223,7 +224,9 @@ class _Drawing:
         """Go through a loop until no job goes back."""
         outer = [i for i in self.workflow.edges_to(loop.head) if i not in loop.back]
         incoming: Sequence[int] = outer
-        called = self._called(outer) | (on & (loop.head in starts))
+        called = self._called(outer)
+        if loop.head in starts:
+            called = np.logical_or(called, on)
         visits = 0
         while called.any():
             visits += 1
@@ -246,7 +249,7 @@ class _Drawing:
         workflow = self.workflow
         node = workflow.node[name]
         jobs = np.flatnonzero(called)
-        copies = np.ones(len(jobs), np.int64)
+        copies: Ints = np.ones(len(jobs), np.int64)
         if not (isinstance(node.copies, Fixed) and node.copies.tokens == 1):
             copies = node.copies.quantile(self._copies[name].random(len(jobs)))
         first = self.hops + np.concatenate([[0], np.cumsum(copies)[:-1]]).astype(np.int64)
@@ -262,8 +265,8 @@ class _Drawing:
                 self._join(sources, (first[fired], copies[fired]), CONTEXTS.index(workflow.edges[i].context))
         self.fired[list(incoming)] = False
         outgoing = workflow.edges_from(name)
-        self.first[np.ix_(outgoing, jobs)] = first
-        self.count[np.ix_(outgoing, jobs)] = copies
+        for i in outgoing:
+            self.first[i, jobs], self.count[i, jobs] = first, copies
         chances = workflow.chances(name, closed)
         if chances:
             edges = np.array([i for i, _ in chances])

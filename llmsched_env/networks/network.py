@@ -25,9 +25,7 @@ ROUTINGS: dict[str, Routing] = {r.name.lower().replace("_", "-"): r for r in Rou
 
 TOKEN_LEVEL = Scheduler(
     "token-level",
-    Settings(
-        routine=Routine.LEVELS, order=Order.SCORE, resume=Place.KEY, test=Hold.PEAK, hold=Hold.PEAK
-    ),
+    Settings(routine=Routine.LEVELS, order=Order.SCORE, resume=Place.KEY, test=Hold.PEAK, hold=Hold.PEAK),
     summary="the composition of Sarathi-Serve, group by group in the order of the network's discipline",
 )
 """The scheduler of stations that have none of their own; it holds room for the whole answer, and so preempts
@@ -164,9 +162,7 @@ class Network:
             return [node.name for _, node in self.classes]
         return [f"{workflow.name}/{node.name}" for workflow, node in self.classes]
 
-    def draw(
-        self, num_jobs: int | None = None, *, horizon_s: float = float("inf"), seed: int = 0
-    ) -> Jobs:
+    def draw(self, num_jobs: int | None = None, *, horizon_s: float = float("inf"), seed: int = 0) -> Jobs:
         """Jobs of its workflows: so many, or those that arrive up to the horizon; the same for a seed.
 
         Raises:

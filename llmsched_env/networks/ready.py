@@ -110,15 +110,15 @@ def unlimited(token_budget: int) -> EngineConfig:
 
 @_ready("rybko-stolyar")
 def rybko_stolyar() -> Network:
-    """Two engines, two kinds of programs through both of them in opposite directions: a cycle, at load 0.9.
+    """Two engines, two kinds of programs through both in opposite directions: a cycle, at load 0.9.
 
     A program of kind A calls the first engine with a short task and then the second with a long one; one of
     kind B the second with a short and then the first with a long one. Priority to the long tasks, which exit,
     makes it unstable above a load of 0.559.
 
-    Source: Rybko and Stolyar (1992); parameters of Dai, Deng, Li and Peng, arXiv 2504.07347v3, section 5.4, as
-    reproduced in adolgert/Concourse.jl: prefill Poisson(32) and decode Poisson(32), then prefill Poisson(512)
-    and decode Poisson(32); batches of up to 768 tokens that take one unit of time.
+    Source: Rybko and Stolyar (1992); parameters of Dai, Deng, Li and Peng, arXiv 2504.07347v3, section 5.4,
+    as reproduced in adolgert/Concourse.jl: prefill Poisson(32) and decode Poisson(32), then prefill
+    Poisson(512) and decode Poisson(32); batches of up to 768 tokens that take one unit of time.
     """
     decodes = Poisson(32, 1)  # the first token of an answer comes out of the prefill
     short, long = Lengths(Poisson(32), decodes), Lengths(Poisson(512), decodes)
@@ -150,13 +150,32 @@ def two_engines() -> Network:
     ).at_load(0.9)
 
 
+@_ready("disaggregation")
+def disaggregation() -> Network:
+    """Prefill on one engine, decodes on another that takes the cache over: a tandem, stable where both are.
+
+    The second call has a prompt of one token: the cache that is handed over takes no time to move and no
+    room, which is why these are engines of the theory, whose time depends on the tokens of a batch alone.
+
+    Source: neither Dai, Deng, Li and Peng nor their reproductions describe it: two stations in tandem, one
+    with decodes of length 0, the other with prefills of length 0.
+    """
+    prefill = Node("prefill", "prefill", Lengths(Lognormal(160, 0.7, 4096), Fixed(1)))
+    decode = Node("decode", "decode", Lengths(Fixed(1), Lognormal(160, 0.7, 4096)))
+    stations = [Station(name, CODELLAMA, unlimited(512)) for name in ("prefill", "decode")]
+    flow = Workflow("requests", [prefill, decode], [Edge("prefill", "decode")])
+    return Network("disaggregation", stations, [flow]).at_load(0.9)
+
+
 # ---------------------------------------------------------------------- of agents
 
 _GPU = "a100-llama3-8b"
 
 
 def _fleet(size: int, token_budget: int = 2048) -> tuple[list[Station], list[Pool]]:
-    stations = [Station(f"gpu-{i}", _GPU, EngineConfig(token_budget=token_budget)) for i in range(1, size + 1)]
+    stations = [
+        Station(f"gpu-{i}", _GPU, EngineConfig(token_budget=token_budget)) for i in range(1, size + 1)
+    ]
     return stations, [Pool("gpus", [station.name for station in stations], "jsq")]
 
 
@@ -168,25 +187,9 @@ def _network(
     return Network(name, stations, [flow], pools).at_load(0.8)
 
 
-@_ready("disaggregation")
-def disaggregation() -> Network:
-    """Prefill on one engine, decodes on another: requests like Azure's conversations, the cache handed over.
-
-    The second call takes the prompt's cache over as a prompt of one token: neither the time that moving the
-    cache takes nor the attention to it in later decodes is there.
-    """
-    prefill = Node("prefill", "prefill", Lengths(Lognormal(1020, 0.9, 8192), Fixed(1)))
-    decode = Node("decode", "decode", Lengths(Fixed(1), Lognormal(129, 0.9, 1000)))
-    stations = [
-        Station("prefill", _GPU, EngineConfig(token_budget=4096)),
-        Station("decode", _GPU, EngineConfig(token_budget=512, max_num_seqs=512)),
-    ]
-    return _network("disaggregation", (stations, []), [prefill, decode], edges=[Edge("prefill", "decode")])
-
-
 @_ready("fork-join")
 def planner_workers() -> Network:
-    """A planner, two to six workers in parallel that read its plan, and a writer that reads all they found."""
+    """A planner, two to six workers in parallel that read its plan, a writer that reads their answers."""
     nodes = [
         Node("plan", "gpus", Lengths(Lognormal(600, 0.5, 4096), Uniform(80, 320))),
         Node("work", "gpus", Lengths(Lognormal(800, 0.7, 8192), Uniform(60, 400)), copies=Uniform(2, 6)),
@@ -198,7 +201,7 @@ def planner_workers() -> Network:
 
 @_ready("reflection")
 def reflection() -> Network:
-    """A draft, a critique of it, and with probability 0.6 a new draft that reads both; four drafts at most."""
+    """A draft, its critique, and with probability 0.6 a new draft that reads both; four drafts at most."""
     nodes = [
         Node("draft", "gpus", Lengths(Lognormal(400, 0.6, 4096), Uniform(100, 400)), max_visits=4),
         Node("critique", "gpus", Lengths(Fixed(120), Uniform(40, 160))),

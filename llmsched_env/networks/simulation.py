@@ -413,10 +413,12 @@ def _failure(prepared: Prepared, networks: Networks) -> str:
     network, at, clock = prepared.network, int(g["error_at"]), float(g["clock"])
     if g["error"] == Failure.STUCK:
         left = len(prepared.jobs) - int(g["jobs_done"])
-        waiting = [s.name for s, e in zip(network.stations, networks.engines, strict=True) if e["num_waiting"]]
+        waiting = [
+            s.name for s, e in zip(network.stations, networks.engines, strict=True) if e["num_waiting"]
+        ]
         return (
-            f"network {network.name} at {clock:.6g} s: {left} jobs are not done, nothing runs and nothing more "
-            f"comes; calls wait at {', '.join(waiting)}; a scheduler must always serve somebody"
+            f"network {network.name} at {clock:.6g} s: {left} jobs are not done, nothing runs and nothing "
+            f"more comes; calls wait at {', '.join(waiting)}; a scheduler must always serve somebody"
         )
     station = network.stations[at]
     if g["error"] == Failure.LIVELOCK:
@@ -467,7 +469,7 @@ def _result(prepared: Prepared, networks: Networks) -> NetworkResult:
         first_token_s=done.first_token_s,
         finish_s=done.finish_s,
         preemptions=done.preemptions,
-        time_s=np.arange(count) * float(g["sample_s"]),
+        time_s=np.arange(count, dtype=np.float64) * float(g["sample_s"]),
         backlog_tokens=rows[:, :stations].copy(),
         jobs_in_system=rows[:, stations].copy(),
         mean_jobs=float(g["area"]) / end if end > 0 else 0.0,

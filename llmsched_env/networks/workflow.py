@@ -1,7 +1,7 @@
 """Workflows of agents: graphs of LLM calls, with forks, joins, choices and loops.
 
-A workflow is run once for each job. What happens at a node does not depend on scheduling, so that a job can be
-drawn in advance (`networks.draw`). The rules, for any graph:
+A workflow is run once for each job. What happens at a node does not depend on scheduling, so that a job can
+be drawn in advance (`networks.draw`). The rules, for any graph:
 
 - When a node is done, all its edges fire; if they have probabilities, exactly one of them does, at random.
 - A node that at least one edge to it fires for is called, once, when everything that those edges come from is
@@ -204,9 +204,12 @@ class Workflow:
             if more <= reached:
                 break
             reached |= more
+        known = len(reached) == len(self.nodes)  # else what is not reached has no visits to speak of
         for node in self.nodes:
-            if node.name not in reached or self.visits()[node.name] == 0:
-                raise self._error(f"node {node.name} is never reached; lead an edge to it, or name it a start")
+            if node.name not in reached or (known and self.visits()[node.name] == 0):
+                raise self._error(
+                    f"node {node.name} is never reached; lead an edge to it, or name it a start"
+                )
 
     # ------------------------------------------------------------------------------------------ structure
 

@@ -215,7 +215,13 @@ class Table:
         return Table(tuple(int(v) for v in x[knots]), tuple(int(v) for v in y[knots]))
 
 
-KNOWN: dict[str, Any] = {"fixed": Fixed, "uniform": Uniform, "lognormal": Lognormal, "zipf": Zipf, "poisson": Poisson}
+KNOWN: dict[str, Any] = {
+    "fixed": Fixed,
+    "uniform": Uniform,
+    "lognormal": Lognormal,
+    "zipf": Zipf,
+    "poisson": Poisson,
+}
 
 
 def get(spec: str | int | Marginal) -> Marginal:

@@ -44,7 +44,16 @@ from llmsched_env.core.engine import Place, begin_plan, end_plan, enter_queue, e
 from llmsched_env.core.state import Engine, Status
 from llmsched_env.networks.core.keys import key_of, plan_by_pressure, raise_keys
 from llmsched_env.networks.core.route import ASK, choose_station, remaining_tokens
-from llmsched_env.networks.core.state import Failure, Net, Networks, Phase, Rule, Standing, engine_of, network_at
+from llmsched_env.networks.core.state import (
+    Failure,
+    Net,
+    Networks,
+    Phase,
+    Rule,
+    Standing,
+    engine_of,
+    network_at,
+)
 from llmsched_env.networks.core.timed import pop_timed, push_timed
 from llmsched_env.scheduling import plan as plan_any
 from llmsched_env.scheduling.levels import begin_levels, end_levels, plan_full, plan_levels, serve_level
