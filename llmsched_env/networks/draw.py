@@ -211,11 +211,11 @@ class _Drawing:
             else:
                 incoming = self.workflow.edges_to(part)
                 called = self._called(incoming)
-                self._visit(part, np.logical_or(called, on) if part in starts else called, incoming, closed)
+                self._visit(part, called | on if part in starts else called, incoming, closed)
 
     def _called(self, edges: Sequence[int]) -> NDArray[np.bool_]:
         """(jobs,) whether any of these edges has fired."""
-        called: NDArray[np.bool_] = self.fired[list(edges)].any(axis=0)
+        called: NDArray[np.bool_] = np.logical_or.reduce(self.fired[list(edges)], axis=0)
         return called
 
     def _loop(
@@ -226,7 +226,7 @@ class _Drawing:
         incoming: Sequence[int] = outer
         called = self._called(outer)
         if loop.head in starts:
-            called = np.logical_or(called, on)
+            called = called | on
         visits = 0
         while called.any():
             visits += 1
