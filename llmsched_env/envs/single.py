@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from pathlib import Path
 from typing import Any, ClassVar
@@ -346,9 +347,9 @@ class SchedulingEnv(gym.Env[Any, Any]):
         self._window.show(frame)
         return None
 
+    @abc.abstractmethod
     def _say(self, waiting: NDArray[np.int32], running: NDArray[np.int32]) -> tuple[str, int | None]:
         """The action just taken in words, and the request that it concerns; the slots are those before."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Close the window, if there is one; again does nothing."""

@@ -9,12 +9,11 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 from gymnasium.utils.seeding import np_random
-from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
 from llmsched_env import scenarios
-from llmsched_env.envs.crew import Crew
 from llmsched_env.envs.fleet import (
     Fleet,
     draw,
@@ -25,49 +24,31 @@ from llmsched_env.envs.fleet import (
     take_problem,
     take_reference,
 )
-from llmsched_env.envs.frame import DISABLED, NEXT_STEP, SAME_STEP
 from llmsched_env.envs.kinds import DT, REWARD, TERMINATED, Kind
-from llmsched_env.envs.options import split, whole
+from llmsched_env.envs.native import AUTORESET, NativeVectorEnv, generator_of, words_of
+from llmsched_env.envs.options import split
 from llmsched_env.envs.single import BatchEnv, DecisionEnv, DispatchEnv, SchedulingEnv
-from llmsched_env.errors import InputError, unknown
+from llmsched_env.errors import InputError
 from llmsched_env.scenarios import Problem, Scenario
 
-_MODES = {
-    AutoresetMode.NEXT_STEP: NEXT_STEP,
-    AutoresetMode.SAME_STEP: SAME_STEP,
-    AutoresetMode.DISABLED: DISABLED,
-}
 # Options of a reset, beside the scenario's settings.
 _EPISODE = ("scenario", "seed", "requests", "reference", "reset_mask")
 
 
-class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
+class SchedulingVectorEnv(NativeVectorEnv):
     """Many environments of one kind, each as the scalar one with its seed, advanced together.
 
-    All keywords are those of the scalar environment; beside them:
+    Keywords are those of the scalar environment, and those of `NativeVectorEnv`.
 
-    - `num_envs`: how many.
-    - `autoreset_mode`: an `AutoresetMode` or its name; "next-step" (the default), "same-step" or "disabled".
-    - `num_threads`: threads that share a step.
-    - `max_episode_steps`: as `max_steps`, by the name that Gymnasium has for it.
-    - `copy`: whether `step` and `reset` return arrays of their own. If not, the next step writes over what
-      they return, and nothing of the size of the environments is allocated in a step.
-
-    Infos are arrays with a mask each: `action_mask` (num_envs, A) int8, `dt` float64, and where episodes have
-    ended `metrics`, a dict of such arrays; where they begin or end, `reference` likewise, if there is one.
-    "same-step" adds `final_obs` and `final_info`. Where an action has several entries, the choices of one lie
-    behind those of the other in `action_mask`; only a scalar environment's info has them as a tuple.
+    Infos are described there; where episodes begin or end, they have `reference`, if there is one. Where an
+    action has several entries, the choices of one lie behind those of the other in `action_mask`; only a
+    scalar environment's info has them as a tuple.
 
     Attributes:
         options, problem: as those of the scalar environment.
-        autoreset_mode: the `AutoresetMode`.
-        episode_seeds: (num_envs,) int64: the seeds that the present episodes' requests were drawn from; -1:
-            they were given.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012
     single: ClassVar[type[SchedulingEnv]]
-    _crew: Crew | None = None
 
     def __init__(
         self,
@@ -86,36 +67,16 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         Raises:
             InputError: an unknown keyword or scenario, with the nearest match, or a value that does not fit.
         """
-        if render_mode is not None:
-            raise InputError(f"render_mode={render_mode!r}: pictures are made by the scalar environment only")
-        for name, value in (("num_envs", num_envs), ("num_threads", num_threads)):
-            if not whole(value) or value < 1:
-                raise InputError(f"{name} must be a whole number from 1, not {value!r}")
-        if max_episode_steps is not None and not (
-            whole(max_episode_steps) and (1 <= max_episode_steps < 2**63 or max_episode_steps == -1)
-        ):
-            raise InputError(f"max_episode_steps must be a whole number from 1, not {max_episode_steps!r}")
+        super().__init__(num_envs, autoreset_mode, num_threads, max_episode_steps, copy, render_mode)
         self.options, found = split(keywords, scenarios.get(scenario))
-        self.num_envs = int(num_envs)
-        self.autoreset_mode = _mode(autoreset_mode)
-        self.metadata = {**self.metadata, "autoreset_mode": self.autoreset_mode}
-        self.copy = bool(copy)
         self.single_observation_space = observation_space(self.options)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.single_action_space = self.kind.action_space(self.options)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
-        limits = (self.options.max_steps or 0, max(0, max_episode_steps or 0))
+        limits = (self.options.max_steps or 0, self._most_steps)
         self._max_steps = min((int(steps) for steps in limits if steps), default=0)
-        self._threads = int(num_threads)
-        self._rngs: list[np.random.Generator | None] = [None] * self.num_envs
-        self._rng_seeds: list[int | None] = [None] * self.num_envs
-        self.episode_seeds = np.full(self.num_envs, -1, np.int64)
         self._next_seeds = np.full(self.num_envs, -1, np.int64)  # of the episodes that are drawn; -1: none
         self._actions = np.zeros((self.num_envs, *(self.single_action_space.shape or ())), np.int64)
-        self._out = np.zeros((4, self.num_envs))
-        self._flags = np.zeros((2, self.num_envs), np.bool_)
-        self._all = np.ones(self.num_envs, np.bool_)
-        self._begun = False
         self.problem = found.resolve()
         self.fleet = self._fleet(self.problem)
 
@@ -126,7 +87,9 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
 
     def _fleet(self, problem: Problem) -> Fleet:
         """Memory for episodes of this problem."""
-        return Fleet(self.kind, problem, self.options, self.num_envs, autoreset=_MODES[self.autoreset_mode])
+        return Fleet(
+            self.kind, problem, self.options, self.num_envs, autoreset=AUTORESET[self.autoreset_mode]
+        )
 
     # ------------------------------------------------------------------ episodes
 
@@ -208,32 +171,6 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         seed = int(self._next_seeds[i])
         fleet.put(i, draw(problem, seed), problem.reference(seed))
 
-    def _chosen(self, mask: Any) -> NDArray[np.bool_]:
-        if mask is None:
-            return self._all
-        if not (
-            isinstance(mask, np.ndarray)
-            and mask.dtype == np.bool_
-            and mask.shape == (self.num_envs,)
-            and mask.any()
-        ):
-            raise InputError(f"reset_mask must be a bool array of shape ({self.num_envs},) with a True in it")
-        return mask
-
-    def _seeds(self, seed: Any) -> Sequence[int | None]:
-        if seed is None:
-            return [None] * self.num_envs
-        if whole(seed):
-            return [int(seed) + i for i in range(self.num_envs)]
-        if not isinstance(seed, Sequence | np.ndarray) or isinstance(seed, str):
-            raise InputError(f"seed must be a whole number, or one for each environment, not {seed!r}")
-        if len(seed) != self.num_envs:
-            raise InputError(f"give {self.num_envs} seeds, one for each environment, not {len(seed)}")
-        for s in seed:
-            if s is not None and not whole(s):
-                raise InputError(f"seeds must be whole numbers or None, not {s!r}")
-        return [None if s is None else int(s) for s in seed]
-
     def step(
         self, actions: Any
     ) -> tuple[Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
@@ -253,7 +190,8 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         if self._threads == 1:
             events = fleet.step(self._actions, out, self._max_steps)
         else:
-            events = self._helped().step()
+            work = (fleet.bank.table, self._actions, out, self._max_steps)
+            events = self._helped(self.kind.share, work).step()
         if events:
             infos = self._after()
         else:
@@ -264,19 +202,6 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         if self.copy:
             rewards, terminated, truncated = rewards.copy(), terminated.copy(), truncated.copy()
         return self._observation(), rewards, terminated, truncated, infos
-
-    def _helped(self) -> Crew:
-        """The threads that share a step."""
-        if self._crew is None:
-            work = (self.fleet.bank.table, self._actions, self._out, self._max_steps)
-            self._crew = Crew(self._threads - 1, self.kind.share, self.num_envs, work)
-        return self._crew
-
-    def close_extras(self, **kwargs: Any) -> None:
-        """Send the threads home."""
-        if self._crew is not None:
-            self._crew.stop()
-            self._crew = None
 
     def _after(self) -> dict[str, Any]:
         """See to the episodes that have ended or begun in this step; returns the infos."""
@@ -358,7 +283,7 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         if not self._begun:
             raise gym.error.ResetNeeded("call reset before save_state")
         found = {name: _bytes(array).copy() for name, array in self._state().items()}
-        found["generators"] = np.array([_words(self._rng(i)) for i in range(self.num_envs)], np.uint64)
+        found["generators"] = np.array([words_of(self._rng(i)) for i in range(self.num_envs)], np.uint64)
         found["generator_seeds"] = np.array([-1 if s is None else s for s in self._rng_seeds], np.int64)
         return found
 
@@ -388,7 +313,7 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
             raise InputError("the saved state does not fit this environment: it lacks the generators")
         for name, array in here.items():
             array[...] = state[name]
-        self._rngs = [_generator(row) for row in words.tolist()]
+        self._rngs = [generator_of(row) for row in words.tolist()]
         self._rng_seeds = [None if seed < 0 else seed for seed in seeds.tolist()]
         for seeds, known in (
             (self.episode_seeds, self.fleet.references),
@@ -404,28 +329,6 @@ class SchedulingVectorEnv(VectorEnv[Any, Any, Any]):
         legal: NDArray[np.bool_] = self.fleet.bank.mask.view(np.bool_)
         return legal.copy() if self.copy else legal
 
-    @property  # type: ignore[misc]
-    def np_random(self) -> tuple[np.random.Generator, ...]:  # type: ignore[override]
-        """The generator of each environment."""
-        return tuple(self._rng(i) for i in range(self.num_envs))
-
-    @property
-    def np_random_seed(self) -> tuple[int, ...]:  # type: ignore[override]
-        """The seed of each generator."""
-        for i in range(self.num_envs):
-            self._rng(i)
-        return tuple(self._rng_seeds)  # type: ignore[arg-type]
-
-    def _rng(self, i: int) -> np.random.Generator:
-        rng = self._rngs[i]
-        if rng is None:
-            rng, self._rng_seeds[i] = np_random(None)
-            self._rngs[i] = rng
-        return rng
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_crew": None}  # threads are made anew when they are needed
-
 
 # What the future depends on.
 _OF_BANK = ("s", "lane", "req", "lists", "bits", "work", "pool", "brief", "observation", "final", "mask")
@@ -436,44 +339,6 @@ _OF_ENV = ("episode_seeds", "_next_seeds", "_out", "_flags")
 def _bytes(array: NDArray[Any]) -> NDArray[Any]:
     """Records as bytes, which any array file can hold; a view."""
     return array.view(np.uint8) if array.dtype.names else array
-
-
-_WORD = 2**64
-
-
-def _words(rng: np.random.Generator) -> list[int]:
-    """The state of a generator in words of 64 bits."""
-    said: Any = rng.bit_generator.state
-    state, increment = said["state"]["state"], said["state"]["inc"]
-    return [
-        *divmod(state, _WORD),
-        *divmod(increment, _WORD),
-        said["has_uint32"],
-        said["uinteger"],
-    ]
-
-
-def _generator(words: list[int]) -> np.random.Generator:
-    """The generator in this state."""
-    rng = np_random(0)[0]
-    rng.bit_generator.state = {
-        "bit_generator": "PCG64",
-        "state": {"state": words[0] * _WORD + words[1], "inc": words[2] * _WORD + words[3]},
-        "has_uint32": words[4],
-        "uinteger": words[5],
-    }
-    return rng
-
-
-def _mode(mode: str | AutoresetMode) -> AutoresetMode:
-    """An autoreset mode by name: "next-step", "NEXT_STEP" and "NextStep" are the same."""
-    if isinstance(mode, AutoresetMode):
-        return mode
-    names = {m.name.lower().replace("_", "-"): m for m in AutoresetMode}
-    for name, found in names.items():
-        if str(mode).lower().replace("_", "-") in (name, found.value.lower()):
-            return found
-    raise unknown("autoreset_mode", mode, names)
 
 
 class DecisionVectorEnv(SchedulingVectorEnv):
