@@ -181,7 +181,8 @@ class SchedulingPPO(MaskablePPO):
         env._seeds = [int(seed) for seed in seeds for _ in range(self.group)]
         self._last_obs = env.reset()
         self._last_episode_starts = np.ones(env.num_envs, np.bool_)
-        self._first = env.venv.unwrapped.fleet.bank.lane["begun"].copy()
+        venv: Any = env.venv.unwrapped
+        self._first = venv.episodes_begun.copy()
         self._rescale(np.ones(env.num_envs, np.bool_))
 
     def stagger(self, steps: int, rng: np.random.Generator) -> None:
@@ -198,8 +199,7 @@ class SchedulingPPO(MaskablePPO):
             seen = env.step(actions.numpy())[0]
             now = at == t
             if now.any():
-                venv.reset(options={"reset_mask": now})
-                seen = venv.fleet.bank.observation.copy()
+                seen = np.array(venv.reset(options={"reset_mask": now})[0])
         self._last_obs = seen
         self._last_episode_starts = np.zeros(env.num_envs, np.bool_)
         self._rescale(np.ones(env.num_envs, np.bool_))
@@ -223,7 +223,7 @@ class SchedulingPPO(MaskablePPO):
         rollout_buffer.reset()
         callback.on_rollout_start()
         discrete = isinstance(self.action_space, spaces.Discrete)
-        bank = env.venv.unwrapped.fleet.bank
+        venv = env.venv.unwrapped
         if len(self.shares) != rollout_buffer.mask_dims:
             self.shares = np.zeros(rollout_buffer.mask_dims, np.int64)
         offsets = 0 if discrete else np.cumsum([0, *self.action_space.nvec[:-1]])  # type: ignore[attr-defined]
@@ -236,8 +236,8 @@ class SchedulingPPO(MaskablePPO):
             chosen = actions.numpy()
             if masks is not None:
                 masks = masks.copy()  # the step writes over them
-            rollout_buffer.clocks[t] = bank.s["clock"]
-            rollout_buffer.episodes[t] = bank.lane["begun"] - self._first
+            rollout_buffer.clocks[t] = venv.clocks
+            rollout_buffer.episodes[t] = venv.episodes_begun - self._first
             seen, rewards, dones, infos = env.step(chosen)
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())

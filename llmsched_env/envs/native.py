@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -75,6 +76,16 @@ class NativeVectorEnv(VectorEnv[Any, Any, Any]):
         self._flags: NDArray[np.bool_] = np.zeros((2, self.num_envs), np.bool_)
         self._all: NDArray[np.bool_] = np.ones(self.num_envs, np.bool_)
         self._begun = False
+
+    @property
+    @abc.abstractmethod
+    def clocks(self) -> NDArray[np.float64]:
+        """(num_envs,) what time it is in each episode, s; a view, or a copy."""
+
+    @property
+    @abc.abstractmethod
+    def episodes_begun(self) -> NDArray[np.int64]:
+        """(num_envs,) episodes that each environment has begun so far; a view, or a copy."""
 
     def _chosen(self, mask: Any) -> NDArray[np.bool_]:
         if mask is None:

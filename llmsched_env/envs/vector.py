@@ -91,6 +91,16 @@ class SchedulingVectorEnv(NativeVectorEnv):
             self.kind, problem, self.options, self.num_envs, autoreset=AUTORESET[self.autoreset_mode]
         )
 
+    @property
+    def clocks(self) -> NDArray[np.float64]:
+        clocks: NDArray[np.float64] = self.fleet.bank.s["clock"]
+        return clocks
+
+    @property
+    def episodes_begun(self) -> NDArray[np.int64]:
+        begun: NDArray[np.int64] = self.fleet.bank.lane["begun"]
+        return begun
+
     # ------------------------------------------------------------------ episodes
 
     def reset(
