@@ -8,11 +8,11 @@ Actions, for K classes and pools of up to M stations:
     K            RUN the plan.
     K+1 .. K+M   ROUTE the hop that was released to the station that its pool has there.
 
-An action that is not legal counts as the first that is. Where forced steps are skipped, nothing is asked where
-one action only is legal: a class that is alone, a plan that is full.
+An action that is not legal counts as the first that is. Where forced steps are skipped, nothing is asked
+where one action only is legal: a class that is alone, a plan that is full.
 
-Between two decisions the network goes on by itself. What is rewarded is summed up from moment to moment, since
-nothing changes in between.
+Between two decisions the network goes on by itself. What is rewarded is summed up from moment to moment,
+since nothing changes in between.
 """
 
 from __future__ import annotations
@@ -99,6 +99,7 @@ LANE = padded(
             # -- the episode --
             ("begun", "i8"),  # episodes begun so far
             ("clock", "f8"),
+            ("job_seconds", "f8"),  # integral of the jobs in the system
             ("steps", "i8"),
             ("illegal", "i8"),
             ("total", "f8"),
@@ -217,7 +218,7 @@ def env_at(table, lane: int) -> NetEnv:  # type: ignore[no-untyped-def]
 
 
 def put_network(row: NDArray[np.int64], networks: state.Networks) -> None:
-    """Write the addresses of a single network's arrays into its row of the table; they have to live as long."""
+    """Write the addresses of a single network's arrays into its row of the table; they have to outlive it."""
     for i, (name, dtype) in enumerate(_RECORDS):
         array = getattr(networks, name)
         assert array.dtype == np.dtype(dtype) and array.flags.c_contiguous, name
@@ -259,8 +260,8 @@ def _long(seconds: float, scale: float) -> np.float32:
 
 @njit
 def observe(env: NetEnv) -> None:
-    """Write the observation: the network, the class of the hop that is routed, each station, and each class at
-    each of them."""
+    """Write the observation: the network, the class of the hop that is routed, each station, and each class
+    at each of them."""
     net, v, seen = env.net, env.v, env.observation
     g, scale = net.g, v.time_scale
     stations, classes = len(net.station), len(net.node)
@@ -432,6 +433,7 @@ def _settle(env: NetEnv) -> None:
         for i in range(len(mask)):
             mask[i] = 1
     v.clock = env.net.g.clock
+    v.job_seconds = env.net.g.area
     observe(env)
 
 
