@@ -4,9 +4,9 @@
         [--horizon 300] [--report-horizon 2000] [--json FILE]
 
 Networks are rybko-stolyar and fork-join unless named. Episodes of a training are short; the report is over
-longer ones that no training has seen, the same jobs for all: mean jobs in the system, which by Little's law is
-the rate of arrival times the mean latency, with 95 % intervals over episodes and trainings. What grows without
-bound shows in "second half / first", of the jobs in the system over the halves of an episode.
+longer ones that no training has seen, the same jobs for all: mean jobs in the system, which by Little's law
+is the rate of arrival times the mean latency, with 95 % intervals over episodes and trainings. What grows
+without bound shows in "second half / first", of the jobs in the system over the halves of an episode.
 """
 
 from __future__ import annotations

@@ -519,7 +519,7 @@ class _Problem:
         self.tokens_per_job = float(tokens.sum() / _SAMPLE)
         self._longest = _longest(sample, len(self.classes))
         alone = network.draw(_ALONE, seed=0)
-        alone = dataclasses.replace(alone, arrival_s=_FAR_APART * np.arange(_ALONE))
+        alone = dataclasses.replace(alone, arrival_s=_FAR_APART * np.arange(_ALONE, dtype=np.float64))
         self.time_scale_s = float(simulate_network(network, jobs=alone).job_latency_s.mean())
 
     @staticmethod
@@ -628,7 +628,7 @@ class _Lanes:
         self.observation = np.zeros((num_envs, size), np.float32)
         self.mask = np.ones((num_envs, int(self.action_space.n)), np.int8)
         self.made: list[Any] = [None] * num_envs
-        self._prepared: list[Any] = [None] * num_envs
+        self._jobs: list[Any] = [None] * num_envs
         self.table = np.zeros((num_envs, dynamics.COLUMNS), np.int64)
         self._address()
 
@@ -660,7 +660,7 @@ class _Lanes:
         backlog = self.options.objective == "backlog"
         record["horizon"], record["time_scale"] = problem.horizon_s, problem.time_scale_s
         record["unit"] = problem.unit() * (problem.tokens_per_job if backlog else 1.0)
-        self._prepared[i] = dataclasses.replace(prepared, spec=None)  # all that an error has to tell
+        self._jobs[i] = prepared.jobs
         self._lay(i, prepared.spec)
         if (
             record["ask"] == OVER
@@ -680,7 +680,7 @@ class _Lanes:
         """Raise what has gone wrong in these environments."""
         for i in rows:
             if int(self.made[i].g["error"][0]) != 0:
-                raise InputError(failure(self._prepared[i], self.made[i]))
+                raise InputError(failure(self.problem.network, self._jobs[i], self.made[i]))
 
     def metrics(self, rows: NDArray[Any]) -> dict[str, NDArray[Any]]:
         """What episodes have come to, see `AgentNetworkVectorEnv`; of these rows."""

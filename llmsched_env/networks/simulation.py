@@ -23,7 +23,7 @@ from llmsched_env.networks.core.loop import Outcome, run_network, run_network_le
 from llmsched_env.networks.core.state import Failure, Networks, Rule, Standing
 from llmsched_env.networks.disciplines import Discipline
 from llmsched_env.networks.jobs import Jobs
-from llmsched_env.networks.load import loads, resolved
+from llmsched_env.networks.load import PoolLoad, loads, resolved
 from llmsched_env.networks.network import ROUTINGS, TOKEN_LEVEL, Network, Station
 from llmsched_env.scheduling import Routine, Scheduler
 from llmsched_env.simulation import _broken_rule, _fitted, _misfit
@@ -188,7 +188,7 @@ def simulate_network(
     while True:
         outcome = run(networks, 0, horizon_s, _OFTEN)
         if outcome == Outcome.ERROR:
-            raise InputError(_failure(prepared, networks))
+            raise InputError(failure(prepared.network, prepared.jobs, networks))
         if outcome != Outcome.MORE:
             return _result(prepared, networks)
 
@@ -218,8 +218,12 @@ def prepare(
     horizon_s: float = math.inf,
     seed: int = 0,
     samples: int = 1000,
+    known: tuple[PoolLoad, ...] | None = None,
 ) -> Prepared:
-    """Everything that `simulate_network` does before it runs; the arguments and errors are the same."""
+    """Everything that `simulate_network` does before it runs; the arguments and errors are the same.
+
+    `known` are the network's loads, for whoever prepares it many times.
+    """
     if not isinstance(network, Network):
         raise InputError(f"{network!r} is not a Network; pass networks.get({str(network)!r})")
     found = disciplines.get(discipline)
@@ -234,7 +238,7 @@ def prepare(
             f"jobs have hops of class {int(jobs.node.max())}; network {network.name} has "
             f"{len(network.classes)}"
         )
-    of_pool = {load.pool: load for load in loads(network)}
+    of_pool = {load.pool: load for load in known or loads(network)}
     stations, stop, limit = _stations(network, found, jobs, seed, of_pool)
     nodes = network.classes
     numbers = {pool.name: p for p, pool in enumerate(network.all_pools)}
@@ -407,12 +411,12 @@ def _flow(jobs: Jobs, classes: int) -> tuple[NDArray[np.float64], NDArray[np.flo
 # ---------------------------------------------------------------------- after the run
 
 
-def _failure(prepared: Prepared, networks: Networks) -> str:
+def failure(network: Network, jobs: Jobs, networks: Networks) -> str:
     """The message for what went wrong."""
     g = networks.g[0]
-    network, at, clock = prepared.network, int(g["error_at"]), float(g["clock"])
+    at, clock = int(g["error_at"]), float(g["clock"])
     if g["error"] == Failure.STUCK:
-        left = len(prepared.jobs) - int(g["jobs_done"])
+        left = len(jobs) - int(g["jobs_done"])
         waiting = [
             s.name for s, e in zip(network.stations, networks.engines, strict=True) if e["num_waiting"]
         ]
@@ -427,7 +431,7 @@ def _failure(prepared: Prepared, networks: Networks) -> str:
             f"{_scheduler(station).name}; calls are preempted again and again"
         )
     problem = _broken_rule(
-        Requests.of(np.zeros(prepared.jobs.num_hops), 1, 1),
+        Requests.of(np.zeros(jobs.num_hops), 1, 1),
         _scheduler(station),
         _Alone(networks.engines[at : at + 1]),  # type: ignore[arg-type]
     )
