@@ -522,6 +522,12 @@ class _Problem:
         alone = dataclasses.replace(alone, arrival_s=_FAR_APART * np.arange(_ALONE, dtype=np.float64))
         self.time_scale_s = float(simulate_network(network, jobs=alone).job_latency_s.mean())
 
+    def __deepcopy__(self, memo: Any) -> _Problem:
+        return self  # it never changes
+
+    def __reduce__(self) -> Any:
+        return _Problem, (self._base, *self._settings.values())
+
     @staticmethod
     def of(
         network: str | Network, load: float | None, horizon_s: float | None, num_jobs: int | None
