@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
@@ -346,20 +345,23 @@ class AgentNetworkVectorEnv(NativeVectorEnv):
             InputError: as the scalar environment's, and if seeds or mask do not fit the number of
                 environments.
         """
-        asked = dict(options or {})
-        chosen = self._chosen(asked.pop("reset_mask", None)).copy()
-        seeds = self._seeds(seed)
+        chosen, fresh, asked = self._take_reset(seed, options)
+        chosen = chosen.copy()
         jobs, episode_seed = _take_episode(asked)
         problem = self._lanes.problem.changed(asked)
         if problem is not self._lanes.problem and not chosen.all():
             raise InputError("settings can only be changed in all environments together; drop reset_mask")
-        if not (self._begun or chosen.all()):
-            raise gym.error.ResetNeeded("call reset without a reset_mask first")
-        for i, given in enumerate(seeds):
-            if given is not None and chosen[i]:
-                self._rngs[i], self._rng_seeds[i] = np_random(given)
+        before = [*self._rngs], [*self._rng_seeds]
+        try:
+            for i in np.flatnonzero(chosen):
+                if (new := fresh[i]) is not None:
+                    self._rngs[i], self._rng_seeds[i] = new
+            drawn = self._draw(problem, chosen, jobs, episode_seed)
+        except Exception:  # all goes on as if nobody had asked
+            self._rngs, self._rng_seeds = before
+            raise
         self._lanes.problem = problem
-        self._begin(chosen, jobs, episode_seed)
+        self._begin(drawn)
         self._begun = True
         self._out[:, chosen] = 0.0
         self._flags[:, chosen] = False
@@ -367,14 +369,26 @@ class AgentNetworkVectorEnv(NativeVectorEnv):
         self._out[1, chosen] = self._lanes.lane["dt"][chosen]
         return self._observation(), self._infos(chosen)
 
-    def _begin(self, chosen: NDArray[np.bool_], jobs: Jobs | None = None, seed: int | None = None) -> None:
-        """Draw and begin episodes in these environments."""
-        problem = self._lanes.problem
-        for i in np.flatnonzero(chosen):
+    def _draw(
+        self,
+        problem: _Problem,
+        chosen: NDArray[np.bool_],
+        jobs: Jobs | None = None,
+        seed: int | None = None,
+    ) -> list[tuple[int, int, Prepared]]:
+        """Episodes for these environments, with their seeds."""
+        drawn = []
+        for i in np.flatnonzero(chosen).tolist():
             own = -1 if jobs is not None else int(self._rng(i).integers(_SEEDS)) if seed is None else seed
-            drawn = problem.jobs(own) if jobs is None else jobs
-            self._lanes.begin(i, problem.lay_out(drawn, self.options, max(0, own)))
-            self.episode_seeds[i] = own
+            of_episode = problem.jobs(own) if jobs is None else jobs
+            drawn.append((i, own, problem.lay_out(of_episode, self.options, max(0, own))))
+        return drawn
+
+    def _begin(self, drawn: list[tuple[int, int, Prepared]]) -> None:
+        """Begin these episodes."""
+        for i, seed, prepared in drawn:
+            self._lanes.begin(i, prepared)
+            self.episode_seeds[i] = seed
 
     def step(
         self, actions: Any
@@ -405,7 +419,7 @@ class AgentNetworkVectorEnv(NativeVectorEnv):
             more = self._after(over & ~were)
             self._over = over
             if mode is AutoresetMode.NEXT_STEP and were.any():
-                self._begin(were)
+                self._begin(self._draw(lanes.problem, were))
                 out[2:, were] = 0.0
                 out[1, were] = lanes.lane["dt"][were]
                 self._flags[:, were] = False
@@ -425,11 +439,7 @@ class AgentNetworkVectorEnv(NativeVectorEnv):
         lanes, out = self._lanes, self._out
         rows = np.flatnonzero(ended)
         lanes.check(rows)
-        metrics: dict[str, Any] = {}
-        for name, values in lanes.metrics(rows).items():
-            metrics[name] = np.zeros(self.num_envs, values.dtype)
-            metrics[name][ended] = values
-            metrics[f"_{name}"] = ended
+        metrics = self._spread(lanes.metrics(rows), ended)
         told: dict[str, Any] = {"metrics": metrics, "_metrics": ended}
         if self.autoreset_mode is not AutoresetMode.SAME_STEP:
             return told
@@ -440,7 +450,7 @@ class AgentNetworkVectorEnv(NativeVectorEnv):
         mask[ended] = 1
         dt = np.where(ended, out[1], 0.0)
         told = {"action_mask": mask, "_action_mask": ended, "dt": dt, "_dt": ended, **told}
-        self._begin(ended)
+        self._begin(self._draw(lanes.problem, ended))
         out[2:, ended] = 0.0
         out[1, ended] = lanes.lane["dt"][ended]
         return {"final_obs": final, "_final_obs": ended, "final_info": told, "_final_info": ended}

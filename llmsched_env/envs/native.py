@@ -6,6 +6,7 @@ import abc
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -86,6 +87,28 @@ class NativeVectorEnv(VectorEnv[Any, Any, Any]):
     @abc.abstractmethod
     def episodes_begun(self) -> NDArray[np.int64]:
         """(num_envs,) episodes that each environment has begun so far; a view, or a copy."""
+
+    def _take_reset(
+        self, seed: int | Sequence[int | None] | None, options: dict[str, Any] | None
+    ) -> tuple[NDArray[np.bool_], list[tuple[np.random.Generator, int] | None], dict[str, Any]]:
+        """What a reset asks for: (num_envs,) which environments, their new generators with the seeds of
+        these, and the options that are left. Nothing has changed yet.
+        """
+        asked = dict(options or {})
+        chosen = self._chosen(asked.pop("reset_mask", None))
+        fresh = [None if one is None else np_random(one) for one in self._seeds(seed)]
+        if not (self._begun or chosen.all()):
+            raise gym.error.ResetNeeded("call reset without a reset_mask first")
+        return chosen, fresh, asked
+
+    def _spread(self, found: dict[str, NDArray[Any]], there: NDArray[np.bool_]) -> dict[str, Any]:
+        """Values of some environments as infos have them: arrays of all, and whose they are."""
+        infos: dict[str, Any] = {}
+        for name, values in found.items():
+            infos[name] = np.zeros(self.num_envs, values.dtype)
+            infos[name][there] = values
+            infos[f"_{name}"] = there
+        return infos
 
     def _chosen(self, mask: Any) -> NDArray[np.bool_]:
         if mask is None:

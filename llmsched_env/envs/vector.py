@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
-from gymnasium.utils.seeding import np_random
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
@@ -121,9 +120,7 @@ class SchedulingVectorEnv(NativeVectorEnv):
             InputError: as the scalar environment's, and if seeds or mask do not fit the number of
             environments.
         """
-        asked = dict(options or {})
-        chosen = self._chosen(asked.pop("reset_mask", None))
-        seeds = self._seeds(seed)
+        chosen, fresh, asked = self._take_reset(seed, options)
         requests, episode_seed = take_episode(asked)
         reference = take_reference(asked)
         problem = take_problem(self.problem, asked, _EPISODE)
@@ -133,10 +130,7 @@ class SchedulingVectorEnv(NativeVectorEnv):
                     "the scenario can only be changed in all environments together; drop reset_mask"
                 )
         fleet = self.fleet if problem is self.problem else self._fleet(problem)
-        if not (self._begun or chosen.all()):
-            raise gym.error.ResetNeeded("call reset without a reset_mask first")
         given = draw(problem, episode_seed) if episode_seed is not None else requests
-        fresh = [None if seed is None else np_random(seed) for seed in seeds]
         before = [*self._rngs], [*self._rng_seeds], self._next_seeds.copy()
         try:
             for i in np.flatnonzero(chosen):
@@ -267,12 +261,7 @@ class SchedulingVectorEnv(NativeVectorEnv):
         return {"final_obs": final, "_final_obs": ended, "final_info": info, "_final_info": ended}
 
     def _metrics(self, ended: NDArray[np.bool_]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, values in self.fleet.metrics(np.flatnonzero(ended)).items():
-            found[name] = np.zeros(self.num_envs, values.dtype)
-            found[name][ended] = values
-            found[f"_{name}"] = ended
-        return found
+        return self._spread(self.fleet.metrics(np.flatnonzero(ended)), ended)
 
     def _observation(self) -> Any:
         rows = self.fleet.bank.observation
