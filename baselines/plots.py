@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from baselines.bench import Suite
+    from baselines.stability import Verdict
     from llmsched_env.profiles import Profile
 
 # Ten colours that stay apart for most colour-blind readers (Paul Tol's muted scheme and black).
@@ -273,6 +274,76 @@ def measurement(
         for ax in (against, errors, tokens):
             ax.legend()
         figure.suptitle(f"{profile.name}: {profile.model} on {profile.gpu}", x=0.01, ha="left")
+        _save(figure, path)
+
+
+VERDICTS = {"stable": COLOURS[2], "unstable": COLOURS[1], "undecided": OTHERS}
+"""The colours of verdicts on stability."""
+
+
+def backlog(tests: Mapping[str, Sequence[Verdict]], path: Path) -> None:
+    """Backlog over time, a panel for each scheduler: a thick line for the mean of each rate that was tested,
+    thin ones for its seeds, coloured by the verdict.
+
+    Args:
+        tests: by label, each at one rate or several.
+    """
+    with matplotlib.rc_context(_STYLE):
+        columns = min(len(tests), 3)
+        rows = -(-len(tests) // columns)
+        figure = Figure(figsize=(1.0 + 3.6 * columns, 0.4 + 2.8 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for ax in grid[len(tests) :]:
+            ax.set_visible(False)
+        for ax, (name, some) in zip(grid, tests.items(), strict=False):
+            ax.set_title(name, loc="left")
+            for one in sorted(some, key=lambda one: one.rate):
+                colour = VERDICTS[one.verdict]
+                for run in one.runs:
+                    ax.plot(run.time_s, run.tokens, color=colour, alpha=0.2, linewidth=0.5)
+                tokens = np.mean([run.tokens for run in one.runs], axis=0)
+                time = np.mean([run.time_s for run in one.runs], axis=0)
+                ax.plot(time, tokens, color=colour, label=one.verdict)
+                ax.annotate(f"{one.load:.3g}", (time[-1], tokens[-1]), fontsize=7, color=colour)
+            ax.set_xlim(left=0)
+            ax.set_ylim(bottom=0)
+            ax.set_xlabel("time (s)")
+            ax.set_ylabel("backlog (tokens)")
+        figure.suptitle("figures at the lines: load, the rate as a share of the limit", fontsize=8)
+        _legend(figure, grid)
+        _save(figure, path)
+
+
+def drift(tests: Mapping[str, Sequence[Verdict]], path: Path) -> None:
+    """Drift of the backlog over load, a line for each scheduler, with intervals.
+
+    Args:
+        tests: by label, each at one rate or several.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.5, 4.0), layout="constrained")
+        ax = figure.subplots()
+        lowest = -0.3
+        for i, (name, some) in enumerate(tests.items()):
+            points = sorted(some, key=lambda one: one.rate)
+            load = [one.load for one in points]
+            share, low, high = (
+                100 * np.array([getattr(one.drift, key) / one.offered for one in points])
+                for key in ("value", "low", "high")
+            )
+            look: dict[str, Any] = {
+                "color": COLOURS[i % len(COLOURS)],
+                "marker": MARKERS[i % len(MARKERS)],
+                "label": name,
+            }
+            ax.errorbar(load, share, yerr=np.stack([share - low, high - share]), **look, elinewidth=0.8)
+        bottom, top = ax.get_ylim()
+        ax.set_ylim(max(bottom, 100 * lowest), top)  # far below the limit a backlog is gone at once
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.axvline(1, color=OTHERS, linewidth=0.8, linestyle="--")
+        ax.set_xlabel("load (rate as a share of the limit)")
+        ax.set_ylabel("drift of the backlog (% of what arrives)")
+        ax.legend()
         _save(figure, path)
 
 

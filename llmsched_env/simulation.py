@@ -1,9 +1,13 @@
-"""`simulate`: a workload, a scheduler and a GPU, run to the end; and `Result`, what came of it."""
+"""`simulate`: a workload, a scheduler and a GPU, run to the end; and `Result`, what came of it.
+
+`watch` runs likewise and only looks, now and then, at how much work is left.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numba
@@ -11,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmsched_env import profiles
+from llmsched_env.core.compile import njit
 from llmsched_env.core.config import EngineConfig
 from llmsched_env.core.lanes import LaneSpec, engine_view, make_lanes, served
 from llmsched_env.core.requests import Requests
@@ -35,6 +40,8 @@ from llmsched_env.workloads import Workload
 if TYPE_CHECKING:
     import pandas as pd
 
+_RUNNING, _SWAPPED = int(Status.RUNNING), int(Status.SWAPPED)
+_FINISHED, _DROPPED = int(Status.FINISHED), int(Status.DROPPED)
 _FOREVER = 2**62
 _OFTEN = 2_000_000  # iterations between two looks at the keyboard
 
@@ -172,6 +179,132 @@ def replay(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Backlog:
+    """How much work an engine had left at K times.
+
+    Work is counted in the five sums that a capacity depends on, as the means of `Moments`, each over what is
+    left of the requests that have arrived:
+
+        0  requests whose prefill is not complete
+        1  prefill tokens
+        2  twice the context that the attention of those reads: t^2 - c^2 of t known tokens, c of them computed
+        3  output tokens
+        4  KV token-iterations: the tokens that a request holds, summed over its iterations to come
+
+    What a preemption throws away has to be done again, and counts again.
+
+    Attributes:
+        time_s: (K,) float64; the ends of the iterations that were the first to end at the times asked for.
+        requests: (K,) int64, arrived and not finished.
+        left: (K, 5) float64, the work that is left.
+        arrived: (K, 5) float64, that of all that have arrived, done or not.
+    """
+
+    time_s: NDArray[np.float64]
+    requests: NDArray[np.int64]
+    left: NDArray[np.float64]
+    arrived: NDArray[np.float64]
+
+    @property
+    def tokens(self) -> NDArray[np.float64]:
+        """(K,) tokens left: prefill, and a decode for each output token but the one that ends the prefill."""
+        return self.left @ TOKENS
+
+    @property
+    def arrived_tokens(self) -> NDArray[np.float64]:
+        """(K,) tokens of all that have arrived: I + O - 1 of each request."""
+        return self.arrived @ TOKENS
+
+
+TOKENS = np.array([-1.0, 1.0, 0.0, 1.0, 0.0])
+"""What makes tokens of the five sums of a `Backlog`."""
+
+
+def watch(
+    requests: Requests,
+    scheduler: Scheduler,
+    profile: str | Profile = "a100-llama3-8b",
+    engine: EngineConfig | None = None,
+    *,
+    at: NDArray[np.float64],
+    seed: int = 0,
+    oversized: str = "error",
+) -> Backlog:
+    """Serve requests and look at the backlog at some times.
+
+    Args:
+        at: (K,) float64, increasing seconds; the run ends at the last of them.
+        oversized: what becomes of a request that can never fit: see `simulate`. A dropped one is no work.
+
+    Raises:
+        InputError: as `simulate`; times that do not increase from above 0.
+    """
+    if at.ndim != 1 or len(at) == 0 or not (np.isfinite(at).all() and (np.diff(at, prepend=0.0) > 0).all()):
+        raise InputError("at must be increasing seconds above 0")
+    requests, scheduler, _, _, _, lanes = _prepare(
+        requests, scheduler, profile, engine or EngineConfig(), seed, oversized
+    )
+    log = _make_log(None, len(requests), rows=0)
+    run = _runner(scheduler, lanes, None)
+    req = lanes.req
+    n = len(at)
+    seen = Backlog(at.astype(np.float64), np.zeros(n, np.int64), np.zeros((n, 5)), np.zeros((n, 5)))
+    oldest, total = 0, np.zeros(5)
+    arrived = 0
+    for k, horizon in enumerate(at.tolist()):
+        while (outcome := run(log, _OFTEN, horizon, int(Skip.EXACT))) == Outcome.MORE:
+            pass
+        if outcome == Outcome.ERROR:
+            raise InputError(_broken_rule(requests, scheduler, lanes))
+        seen.time_s[k] = now = max(float(lanes.s[0]["clock"]), horizon)
+        arrived = _add_arrivals(req, arrived, now, total)
+        seen.arrived[k] = total
+        seen.requests[k], oldest = _add_left(req, oldest, arrived, seen.left[k])
+    return seen
+
+
+@njit
+def _add_arrivals(req: Any, begin: int, until: float, total: Any) -> int:
+    """Add the work of the requests from `begin` on that arrive up to `until` (s) to the five sums; returns the
+    first that does not."""
+    r = begin
+    while r < len(req) and req[r].arrival <= until:
+        q = req[r]
+        if q.status != _DROPPED:
+            prompt, output = float(q.prompt), float(q.stop)
+            total[0] += 1.0
+            total[1] += prompt
+            total[2] += prompt * prompt
+            total[3] += output
+            total[4] += prompt * output + 0.5 * output * (output - 1.0)
+        r += 1
+    return r
+
+
+@njit
+def _add_left(req: Any, begin: int, end: int, total: Any) -> tuple[int, int]:
+    """Add what is left of the requests from `begin` to `end` to the five sums; how many are not finished, and
+    the first of them."""
+    some, first = 0, end
+    for r in range(begin, end):
+        q = req[r]
+        if q.status == _FINISHED or q.status == _DROPPED:
+            continue
+        some += 1
+        if first == end:
+            first = r
+        known, computed = float(q.prompt + q.generated), float(q.computed)
+        to_come = float(q.stop - q.generated)
+        if (q.status != _RUNNING and q.status != _SWAPPED) or q.computed < q.target:
+            total[0] += 1.0
+            total[1] += known - computed
+            total[2] += known * known - computed * computed
+        total[3] += to_come
+        total[4] += to_come * known + 0.5 * to_come * (to_come - 1.0)
+    return some, first
+
+
 # ---------------------------------------------------------------------- before the run
 
 
@@ -192,6 +325,16 @@ def resolve(
     if config.max_model_len is None:
         config = config.replace(max_model_len=min(config.kv_tokens, longest))
     return scheduler.resolve(config)
+
+
+def servable(
+    requests: Requests, scheduler: Scheduler, profile: str | Profile, engine: EngineConfig | None = None
+) -> NDArray[np.bool_]:
+    """(N,) which of the requests can ever be served: the others are too large for the engine as the scheduler
+    runs it."""
+    longest = int((requests.prompt_tokens.astype(np.int64) + requests.declared_tokens).max())
+    config = resolve(engine or EngineConfig(), scheduler, profiles.get(profile), longest)
+    return ~_fitted(requests, scheduler, config)[2]
 
 
 def _prepare(
@@ -358,12 +501,18 @@ def _runner(scheduler: Scheduler, lanes: Lanes, follow: Schedule | None) -> Any:
         return lambda log, most, horizon, skip: run(lanes, 0, log, most, horizon, skip)
     plan = scheduler.plan
     if isinstance(plan, numba.core.registry.CPUDispatcher):
-        # Compiled anew for each such scheduler: a function that is an argument cannot be cached on disk.
-        loop: Any = run_compiled
-        own = numba.njit(loop.py_func, nogil=True)
+        own = _loop_of(plan)
         return lambda log, most, horizon, skip: own(lanes, 0, plan, log, most, horizon, skip)
     view = engine_view(lanes, 0)
     return lambda log, most, horizon, skip: run_python(view, plan, log, most, horizon, skip)
+
+
+@lru_cache(maxsize=8)
+def _loop_of(plan: Any) -> Any:
+    """The compiled loop around a scheduler of the user's own: compiled anew for each, and kept in memory, for
+    a function that is an argument cannot be cached on disk."""
+    loop: Any = run_compiled
+    return numba.njit(loop.py_func, nogil=True)
 
 
 def _make_log(record: str | None, num_requests: int, rows: int) -> Log:
@@ -481,4 +630,4 @@ def _result(
     )
 
 
-__all__ = ["Result", "replay", "resolve", "simulate"]
+__all__ = ["TOKENS", "Backlog", "Result", "replay", "resolve", "servable", "simulate", "watch"]

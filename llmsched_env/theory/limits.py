@@ -163,6 +163,38 @@ def limit(moments: Moments, profile: Profile, engine: EngineConfig) -> Limit:
     return Limit(by_compute[0], by_memory[0], share * work, seconds, kind)
 
 
+def prices(moments: Moments, profile: Profile, engine: EngineConfig) -> NDArray[np.float64]:
+    """(5,) what the engine's time at the limit goes to, in seconds: for each request, prefill token, square of
+    a prompt's length, output token, and KV token-iteration (the five means of `Moments`, after the count).
+
+    They are the derivatives of the time that a request takes at the limit, 1 / `limit`, and add up to it over
+    the mean request. So requests of all sizes are measured in the time that they cost, in whatever order they
+    are served. Where batches take time by their tokens alone, it is by the tokens; where they are limited by
+    their number of requests, or by memory, by what there is too little of.
+    """
+    found = limit(moments, profile, engine)
+    means = np.array([1.0, *dataclasses.astuple(moments)])[[0, 1, 3, 2, 5]]
+    if profile.form in _TOKENS_ONLY and profile.cpu_s_per_request == 0:  # in steps: without derivatives
+        tokens = np.array([-1.0, 1.0, 0.0, 1.0, 0.0])
+        slots = np.array([0.0, 0.0, 0.0, 1.0, 0.0])
+        held = np.array([0.0, 0.0, 0.0, 0.5 * (engine.block_size - 1), 1.0])
+        budget = math.inf if engine.token_budget is None else engine.token_budget / (tokens @ means)
+        most = math.inf if engine.max_num_seqs is None else engine.max_num_seqs / (slots @ means)
+        scarce = held if found.bound == "kv" else tokens if budget <= most else slots
+        return scarce / (found.rps * (scarce @ means))
+    step = 1e-3
+    result = np.zeros(5)
+    for i, name in ((1, "prompt"), (2, "prompt_squared"), (3, "output"), (4, "kv_token_iterations")):
+        value = getattr(moments, name)
+        times = [
+            1 / limit(dataclasses.replace(moments, **{name: value * (1 + sign * step)}), profile, engine).rps
+            for sign in (1, -1)
+        ]
+        result[i] = max(0.0, (times[0] - times[1]) / (2 * step * value))
+    result[0] = 1 / found.rps - result @ means
+    return result
+
+
 def _shares(most: float, work: float) -> NDArray[np.float64]:
     """Requests' worth of work in an iteration, up to `most`: at whole numbers of tokens, where a staircase
     has its maxima, and `most` itself."""

@@ -1,0 +1,157 @@
+"""`llmsched stability`: up to what rate schedulers are stable; `llmsched conserving`: who leaves room."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from agents.cli.common import app, jsonable, pairs_of, policy_and_engine, show, source_of, value_of
+
+
+@app.command()
+def stability(
+    scheduler: Annotated[list[str], typer.Option(help="its name; repeatable, or with commas between")],
+    profile: Annotated[str, typer.Option(help="a cost profile: its name, or a JSON file")],
+    workload: Annotated[str | None, typer.Option(help="its name; see `llmsched list workloads`")] = None,
+    trace: Annotated[Path | None, typer.Option(help="a trace whose requests are drawn at random")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="requests per second to judge, in place of a search")
+    ] = None,
+    load: Annotated[float | None, typer.Option(help="the same as a share of the limit of each")] = None,
+    token_budget: Annotated[int | None, typer.Option(help="most tokens of an iteration")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="most requests running at once")] = None,
+    kv_tokens: Annotated[int | None, typer.Option(help="KV cache in tokens; default: the profile's")] = None,
+    block_size: Annotated[int | None, typer.Option(help="tokens of a block of the KV cache: 16")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="a setting of schedulers or engine; repeatable"),
+    ] = None,
+    workload_settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--workload-set",
+            metavar="KEY=VALUE",
+            help="an option of the workload, such as arrivals=gamma:3; repeatable. Arrivals are Poisson "
+            "unless it says otherwise",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="independent runs of each test")] = 8,
+    confidence: Annotated[float, typer.Option(help="of each verdict")] = 0.95,
+    start: Annotated[
+        str, typer.Option(help="filled: with requests waiting, does the backlog shrink? empty: does it grow?")
+    ] = "filled",
+    requests: Annotated[
+        int | None, typer.Option(help="in a run of the first look; doubled while undecided")
+    ] = None,
+    looks: Annotated[
+        int | None, typer.Option(help="how often a test looks, each time at twice the length")
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="relative distance of rates at which the search ends: 0.01")
+    ] = None,
+    blocking: Annotated[
+        bool, typer.Option("--blocking", help="keep requests that can never be served, to block the queue")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="folder for CSV and PNG")] = None,
+    jobs: Annotated[int, typer.Option(help="runs at once")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Find the largest rate at which schedulers are stable, or judge one, by the drift of the backlog."""
+    from baselines import stability as tests
+    from llmsched_env.errors import InputError
+    from llmsched_env.files import require_writable_folder
+
+    if rate is not None and load is not None:
+        raise InputError("give either --rate or --load, not both")
+    if load is not None and not load > 0:
+        raise InputError(f"--load must be a positive share of the limit, not {load}")
+    if jobs < 1:
+        raise InputError(f"--jobs must be at least 1, not {jobs}")
+    if output is not None:
+        require_writable_folder(output)
+    options = {"requests": requests, "looks": looks, "tolerance": tolerance}
+    given = {key: value for key, value in options.items() if value is not None}
+    procedure = tests.Procedure(seeds=seeds, confidence=confidence, start=start, **given)
+    names = _names(scheduler)
+    source = _recipe(workload, trace, workload_settings)
+    limits = {"token_budget": token_budget, "max_num_seqs": max_num_seqs, "block_size": block_size}
+    cases = {}
+    for name in names:
+        policy, engine = policy_and_engine(name, pairs_of("--set", settings), kv_tokens, limits)
+        cases[name] = tests.Case.of(policy, source, profile, engine, blocking=blocking)
+    found: dict[str, Any] = {}
+    with _telling(len(cases)) as tell:
+        for i, (name, case) in enumerate(cases.items()):
+            told = tell(i, name)
+            if rate is None and load is None:
+                found[name] = tests.search(case, procedure, threads=jobs, told=told)
+            else:
+                at = case.limit.rps * load if load is not None else rate
+                found[name] = tests.test(case, at, procedure, threads=jobs, told=told)
+    written = []
+    if output is not None:
+        of_each = {name: getattr(one, "tests", (one,)) for name, one in found.items()}
+        written = tests.save(of_each, output)
+    if as_json:
+        head = {"profile": cases[names[0]].profile.name, "workload": source.name}
+        head |= {"start": start, "seeds": seeds, "confidence": confidence}
+        each = [{"scheduler": name, **head, **one.to_dict()} for name, one in found.items()]
+        what = each[0] if len(each) == 1 else {"schedulers": each}
+        print(json.dumps(jsonable(what), allow_nan=False))
+        return
+    show(tests.table(found) if rate is None and load is None else tests.verdict_table(found))
+    for path in written:
+        print(f"wrote {path}")
+
+
+def _names(schedulers: list[str]) -> list[str]:
+    """The schedulers' names, each once."""
+    from llmsched_env.errors import InputError
+
+    names = [name.strip() for item in schedulers for name in item.split(",")]
+    if "" in names:
+        raise InputError(
+            f"--scheduler {','.join(schedulers)!r} holds an empty name; give names, with commas between"
+        )
+    return list(dict.fromkeys(names))
+
+
+def _recipe(workload: str | None, trace: Path | None, items: list[str] | None) -> Any:
+    """The workload, at no rate, or the trace."""
+    from llmsched_env.errors import InputError
+
+    extra = {key: value_of(value) for key, value in pairs_of("--workload-set", items)}
+    for key in ("rate", "load", "num_requests", "seed"):
+        if key in extra:
+            raise InputError(f"--workload-set {key}= means nothing here; it is the test that sets it")
+    if trace is None:
+        extra = {"arrivals": "poisson", **extra} if "cv" not in extra else extra
+    return source_of(workload, trace, 0, extra)
+
+
+@contextmanager
+def _telling(total: int) -> Iterator[Callable[[int, str], Callable[[str], None]]]:
+    """A line on the standard error stream, where that is a terminal, of who is tested how."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def tell(done: int, name: str) -> Callable[[str], None]:
+            bar.update(task, completed=done, description=name)
+            return lambda text: bar.update(task, description=f"{name}: {text}")
+
+        yield tell
