@@ -113,6 +113,7 @@ RIVALS = {
     "slo-mix": ("rank-i", "tuned:slo-mix-goodput"),
     "priorities": ("vllm-v1-priority", "tuned:priorities-goodput"),
     "azure-conv": ("rank-i", "tuned:azure-conv-goodput"),
+    "azure-code": ("rank-i", "tuned:azure-code-goodput"),
 }
 
 
