@@ -1,7 +1,7 @@
 """Learn to schedule a network of agents: PPO on `llmsched/AgentNetwork-v0`, held against named disciplines.
 
     python scripts/train_network.py [NETWORK ...] [--load 0.9] [--seeds 5] [--steps 655360] [--episodes 40]
-        [--horizon 300] [--report-horizon 2000] [--json FILE]
+        [--horizon 300] [--report-horizon 2000] [--route] [--json FILE]
 
 Networks are rybko-stolyar and fork-join unless named. Episodes of a training are short; the report is over
 longer ones that no training has seen, the same jobs for all: mean jobs in the system, which by Little's law
@@ -52,7 +52,13 @@ def train(network: str, seed: int, options: argparse.Namespace) -> SchedulingPPO
     np.random.seed(seed)  # noqa: NPY002  (Stable-Baselines3 shuffles with it)
     rng = np.random.default_rng(seed)
     env = SB3VecEnv.make(
-        ID, 64, network=network, load=options.load, horizon_s=options.horizon, observation="flat"
+        ID,
+        64,
+        network=network,
+        load=options.load,
+        horizon_s=options.horizon,
+        observation="flat",
+        route=options.route,
     )
     venv: Any = env.venv.unwrapped
     rate = 1.0 / (30.0 * venv.time_scale_s)
@@ -137,6 +143,7 @@ def episodes(network: str, options: argparse.Namespace, count: int) -> Any:
         load=options.load,
         horizon_s=options.report_horizon,
         observation="flat",
+        route=options.route,
     ).unwrapped
 
 
@@ -189,6 +196,7 @@ def main() -> int:
     parser.add_argument("--episodes", type=int, default=40, help="of the report")
     parser.add_argument("--horizon", type=float, default=300.0, help="seconds of an episode of a training")
     parser.add_argument("--report-horizon", type=float, default=2000.0, help="likewise of the report")
+    parser.add_argument("--route", action="store_true", help="PPO also says where calls go, not the pools")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     told = {}
