@@ -1,7 +1,7 @@
 """What agents learned: trains what is not trained yet, and prints every table.
 
     python scripts/report_agents.py [train] [control] [rivals] [gap] [matrix] [ablations] [curves]
-        [--runs runs] [--seeds 5] [--episodes 48] [--jobs 2] [--json FILE]
+        [--runs runs] [--seeds 5] [--episodes 48] [--jobs 2] [--only CASE ...] [--json FILE]
 
 Without names all parts. A part that needs runs (RUNS/CONFIGURATION/seed-N) trains those that are missing.
 Every figure is over all seeds and over held-out episodes, the same for all policies, with 95 % intervals;
@@ -37,7 +37,7 @@ from agents.comparison import Comparison, compare, matrix
 from agents.config import COSTS, Config, preset_names
 from agents.runs import Run
 from agents.tuning import tune
-from llmsched_env.errors import InputError, exit_with
+from llmsched_env.errors import InputError, exit_with, unknown
 from llmsched_env.files import writing
 
 RIVALS = ("azure-code", "slo-mix", "priorities", "azure-conv")
@@ -47,8 +47,9 @@ PARTS = ("train", "control", "rivals", "gap", "matrix", "ablations", "curves")
 class Report:
     """Runs in a folder, and what is said of them."""
 
-    def __init__(self, runs: Path, seeds: int, episodes: int, jobs: int) -> None:
+    def __init__(self, runs: Path, seeds: int, episodes: int, jobs: int, only: list[str]) -> None:
         self.runs, self.seeds, self.episodes, self.jobs = runs, seeds, episodes, jobs
+        self.only = only
 
     def trained(self, name: str, config: Config) -> str:
         """The policy that a configuration became, over all seeds; trained if it is not."""
@@ -125,11 +126,15 @@ class Report:
             "fresh lanes": {**lanes, "lanes_per_trace": 1},
             "leave-one-out": lanes,
         }
+        for label in self.only:
+            if label not in cases:
+                raise unknown("case", label, cases)
         policies = {
             label: self.trained(
                 f"ablation-{label.replace(' ', '-').replace(',', '')}", base.replace(**changes)
             )
             for label, changes in cases.items()
+            if not self.only or label in self.only
         }
         yield compare(policies, base.scenario, self.episodes, metric=base.metric)
 
@@ -226,13 +231,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--episodes", type=int, default=48)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", nargs="+", default=[], metavar="CASE", help="some of the ablations")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     for part in options.parts:
         if part not in PARTS:
             raise InputError(f"unknown part {part!r}; parts are {', '.join(PARTS)}")
     options.runs.mkdir(parents=True, exist_ok=True)
-    report = Report(options.runs, options.seeds, options.episodes, options.jobs)
+    report = Report(options.runs, options.seeds, options.episodes, options.jobs, options.only)
     told: dict[str, list[Any]] = {}
     for part in options.parts or PARTS:
         for found in getattr(report, part)():
