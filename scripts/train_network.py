@@ -88,7 +88,7 @@ def train(network: str, seed: int, options: argparse.Namespace) -> SchedulingPPO
         model.collect_rollouts(env, callback, model.rollout_buffer, steps)
         model.train()
         if update % _OFTEN == 0 or (update + 1) * rollout >= options.steps:
-            found = play(model, network, options, VALIDATION_SEED, _VALIDATION).mean()
+            found = play(model, network, options, VALIDATION_SEED, _VALIDATION, 2 * options.horizon).mean()
             if found < best:
                 best, kept = found, copy.deepcopy(model.policy.state_dict())
     env.close()
@@ -97,11 +97,11 @@ def train(network: str, seed: int, options: argparse.Namespace) -> SchedulingPPO
 
 
 def play(
-    model: SchedulingPPO, network: str, options: argparse.Namespace, seed: int, count: int
+    model: SchedulingPPO, network: str, options: argparse.Namespace, seed: int, count: int, horizon_s: float
 ) -> NDArray[np.float64]:
     """(2, count) mean jobs in the system in the halves of each episode, of a policy that does what it thinks
     best."""
-    env = episodes(network, options, count)
+    env = episodes(network, options, count, horizon_s)
     half = np.zeros(count)
     seen, _ = env.reset(seed=seed)
     over = np.zeros(count, np.bool_)
@@ -110,17 +110,17 @@ def play(
         with th.no_grad():
             actions = policy.get_distribution(th.as_tensor(seen), env.action_masks()).mode()
         seen, _, terminated, truncated, _ = env.step(actions.numpy())
-        early = env.clocks <= 0.5 * options.report_horizon
+        early = env.clocks <= 0.5 * horizon_s
         half[early] = env.job_seconds[early]
         over |= terminated | truncated
-    return np.stack([half, env.job_seconds - half]) / (0.5 * options.report_horizon)
+    return np.stack([half, env.job_seconds - half]) / (0.5 * horizon_s)
 
 
 def simulate(
     discipline: str, network: str, options: argparse.Namespace, seed: int, count: int
 ) -> NDArray[np.float64]:
     """What `play` returns, of a discipline, on the same jobs."""
-    env = episodes(network, options, count)
+    env = episodes(network, options, count, options.report_horizon)
     env.reset(seed=seed)
     halves = np.zeros((2, count))
     for i, own in enumerate(env.episode_seeds.tolist()):
@@ -132,7 +132,7 @@ def simulate(
     return halves
 
 
-def episodes(network: str, options: argparse.Namespace, count: int) -> Any:
+def episodes(network: str, options: argparse.Namespace, count: int, horizon_s: float) -> Any:
     """The environments of a validation or the report."""
     return gym.make_vec(
         ID,
@@ -141,7 +141,7 @@ def episodes(network: str, options: argparse.Namespace, count: int) -> Any:
         autoreset_mode="disabled",
         network=network,
         load=options.load,
-        horizon_s=options.report_horizon,
+        horizon_s=horizon_s,
         observation="flat",
         route=options.route,
     ).unwrapped
@@ -153,7 +153,7 @@ def report(network: str, options: argparse.Namespace) -> dict[str, Any]:
     for seed in range(options.seeds):
         began = time.perf_counter()
         model = train(network, seed, options)
-        trained.append(play(model, network, options, FIRST_SEED, options.episodes))
+        trained.append(play(model, network, options, FIRST_SEED, options.episodes, options.report_horizon))
         spent = time.perf_counter() - began
         print(
             f"{network}, seed {seed}: {trained[-1].mean():.2f} jobs in the system, {spent:.0f} s", flush=True
