@@ -13,6 +13,7 @@ from agents.agent import Agent
 from agents.evaluation import MOST_STEPS
 from llmsched_env.errors import InputError, unknown
 from llmsched_env.files import require_writable_file, writing
+from llmsched_env.simulation import Result
 
 _KINDS = (".mp4", ".gif", ".png")
 
@@ -83,6 +84,29 @@ def play(
         frames.append(env.render())
     env.close()
     return frames, {**info["metrics"], "steps": actions}
+
+
+def episode(agent: Agent, *, scenario: Any = None, seed: int) -> Result:
+    """An episode as an agent plays it, with all decisions recorded.
+
+    Args:
+        scenario: None: that it was trained on. seed: of the episode, as `reset(seed=...)`.
+    """
+    env: Any = gym.make(
+        agent.env_id,
+        scenario=agent.scenario if scenario is None else scenario,
+        record=True,
+        max_steps=MOST_STEPS,
+        **{name: value for name, value in agent.env_options.items() if name != "max_steps"},
+    ).unwrapped
+    seen, _ = env.reset(seed=seed)
+    over = False
+    while not over:
+        seen, _, terminated, truncated, _ = env.step(agent.act(seen, env.action_masks()))
+        over = terminated or truncated
+    result: Result = env.result()
+    env.close()
+    return result
 
 
 def _write(path: Path, frames: list[NDArray[np.uint8]], fps: int) -> None:

@@ -282,8 +282,9 @@ VERDICTS = {"stable": COLOURS[2], "unstable": COLOURS[1], "undecided": OTHERS}
 
 
 def backlog(tests: Mapping[str, Sequence[Verdict]], path: Path) -> None:
-    """Backlog over time, a panel for each scheduler: a thick line for the mean of each rate that was tested,
-    thin ones for its seeds, coloured by the verdict.
+    """Backlog over time, a panel for each scheduler: a thick line for the mean of each rate, thin ones for
+    its seeds, coloured by the verdict. Of many rates the ones next to where it becomes unstable, and the
+    outermost.
 
     Args:
         tests: by label, each at one rate or several.
@@ -297,21 +298,33 @@ def backlog(tests: Mapping[str, Sequence[Verdict]], path: Path) -> None:
             ax.set_visible(False)
         for ax, (name, some) in zip(grid, tests.items(), strict=False):
             ax.set_title(name, loc="left")
-            for one in sorted(some, key=lambda one: one.rate):
+            for one in _telling(some):
                 colour = VERDICTS[one.verdict]
                 for run in one.runs:
                     ax.plot(run.time_s, run.tokens, color=colour, alpha=0.2, linewidth=0.5)
                 tokens = np.mean([run.tokens for run in one.runs], axis=0)
                 time = np.mean([run.time_s for run in one.runs], axis=0)
                 ax.plot(time, tokens, color=colour, label=one.verdict)
-                ax.annotate(f"{one.load:.3g}", (time[-1], tokens[-1]), fontsize=7, color=colour)
+                ax.annotate(f"{one.load:.3f}", (time[-1], tokens[-1]), fontsize=7, color=colour)
             ax.set_xlim(left=0)
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1000:,g}"))
             ax.set_ylim(bottom=0)
             ax.set_xlabel("time (s)")
-            ax.set_ylabel("backlog (tokens)")
+            ax.set_ylabel("backlog (thousand tokens)")
         figure.suptitle("figures at the lines: load, the rate as a share of the limit", fontsize=8)
         _legend(figure, grid)
         _save(figure, path)
+
+
+def _telling(tests: Sequence[Verdict]) -> list[Verdict]:
+    """Up to four of the tests, by rate."""
+    ordered = sorted(tests, key=lambda one: one.rate)
+    if len(ordered) <= 4:
+        return ordered
+    stable = [one for one in ordered if one.verdict == "stable"][-1:]
+    unstable = [one for one in ordered if one.verdict == "unstable"][:1]
+    kept = [ordered[0], *stable, *unstable, ordered[-1]]
+    return [one for one in ordered if any(one is other for other in kept)]
 
 
 def drift(tests: Mapping[str, Sequence[Verdict]], path: Path) -> None:

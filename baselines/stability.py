@@ -60,7 +60,7 @@ STARTS = ("filled", "empty")
 STABLE, UNSTABLE, UNDECIDED = "stable", "unstable", "undecided"
 
 _SAMPLE = 2**16  # requests by which the share of those that can be served is known
-_DRAINED = 0.05  # of the first backlog: less is as good as none
+_DRAINED = 0.5  # of the first backlog: from here on what is left might be what there always is
 # Slope over the second half of a run, by least squares, of the mean of a critical random walk that is kept
 # from falling below 0 and began there: this many standard deviations of what arrives in a unit of time, over
 # the square root of the run's length. (sqrt(2 t / pi), fitted on [1/2, 1].)
@@ -142,8 +142,8 @@ def drift_of(
     Args:
         time_s, left, arrived: (K,) times, the tokens left then, and those of all that had arrived.
         offered: tokens that arrive in a second, on average. Where a run begins filled, the difference of what
-            did arrive to that is taken out; if the first backlog is worked off before the end, the drift is
-            that up to then.
+            did arrive to that is taken out; if the backlog falls to half of the first, the drift is that up
+            to then.
     """
     if start == "empty":
         return _slope(time_s, left, 0.5 * time_s[-1])
@@ -317,7 +317,8 @@ class Case:
     def run(self, rate: float, procedure: Procedure, num_requests: int, seed: int) -> Backlog:
         """The backlog of one run of so many arrivals."""
         waiting = round(procedure.fill * num_requests) if procedure.start == "filled" else 0
-        requests = self.draw(rate, num_requests, waiting, seed)
+        to_spare = math.ceil(5 * math.sqrt(num_requests))  # arrivals must not end before the run
+        requests = self.draw(rate, num_requests + to_spare, waiting, seed)
         at = np.arange(1, procedure.samples + 1, dtype=np.float64) * (num_requests / rate / procedure.samples)
         return watch(
             requests,
@@ -443,6 +444,19 @@ def test(
 
 
 test.__test__ = False  # type: ignore[attr-defined]  # not one of pytest's
+
+
+def sweep(
+    case: Case,
+    loads: Sequence[float],
+    procedure: Procedure = Procedure(),
+    *,
+    threads: int | None = 1,
+    told: Callable[[str], None] = lambda text: None,
+) -> list[Verdict]:
+    """A test with a single look at each of several loads (shares of the limit): for pictures."""
+    short = dataclasses.replace(procedure, looks=1)
+    return [test(case, load * case.limit.rps, short, threads=threads, told=told) for load in loads]
 
 
 # ---------------------------------------------------------------------- the largest rate

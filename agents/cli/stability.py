@@ -57,6 +57,9 @@ def stability(
     blocking: Annotated[
         bool, typer.Option("--blocking", help="keep requests that can never be served, to block the queue")
     ] = False,
+    loads: Annotated[
+        str, typer.Option(help="further shares of the limit to test after a search, for the pictures")
+    ] = "0.25,0.5,0.75,1",
     output: Annotated[Path | None, typer.Option(help="folder for CSV and PNG")] = None,
     jobs: Annotated[int, typer.Option(help="runs at once")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
@@ -70,12 +73,13 @@ def stability(
         raise InputError("give either --rate or --load, not both")
     if load is not None and not load > 0:
         raise InputError(f"--load must be a positive share of the limit, not {load}")
+    further = _shares(loads)
     if jobs < 1:
         raise InputError(f"--jobs must be at least 1, not {jobs}")
     if output is not None:
         require_writable_folder(output)
     options = {"requests": requests, "looks": looks, "tolerance": tolerance}
-    given = {key: value for key, value in options.items() if value is not None}
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     procedure = tests.Procedure(seeds=seeds, confidence=confidence, start=start, **given)
     names = _names(scheduler)
     source = _recipe(workload, trace, workload_settings)
@@ -85,18 +89,24 @@ def stability(
         policy, engine = policy_and_engine(name, pairs_of("--set", settings), kv_tokens, limits)
         cases[name] = tests.Case.of(policy, source, profile, engine, blocking=blocking)
     found: dict[str, Any] = {}
+    more: dict[str, list[Any]] = {name: [] for name in names}
     with _telling(len(cases)) as tell:
         for i, (name, case) in enumerate(cases.items()):
             told = tell(i, name)
             if rate is None and load is None:
                 found[name] = tests.search(case, procedure, threads=jobs, told=told)
+                if output is not None:
+                    near = [share * found[name].estimate / case.limit.rps for share in (0.8, 0.9, 1.1, 1.25)]
+                    some = sorted(share for share in {*further, *near} if share > 0)
+                    more[name] = tests.sweep(case, some, procedure, threads=jobs, told=told)
             else:
-                at = case.limit.rps * load if load is not None else rate
+                at = rate if rate is not None else case.limit.rps * (load or 0)
                 found[name] = tests.test(case, at, procedure, threads=jobs, told=told)
     written = []
     if output is not None:
-        of_each = {name: getattr(one, "tests", (one,)) for name, one in found.items()}
-        written = tests.save(of_each, output)
+        written = tests.save(
+            {name: [*getattr(one, "tests", (one,)), *more[name]] for name, one in found.items()}, output
+        )
     if as_json:
         head = {"profile": cases[names[0]].profile.name, "workload": source.name}
         head |= {"start": start, "seeds": seeds, "confidence": confidence}
@@ -119,6 +129,21 @@ def _names(schedulers: list[str]) -> list[str]:
             f"--scheduler {','.join(schedulers)!r} holds an empty name; give names, with commas between"
         )
     return list(dict.fromkeys(names))
+
+
+def _shares(text: str) -> list[float]:
+    """Positive numbers with commas between."""
+    from llmsched_env.errors import InputError
+
+    try:
+        shares = [float(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        shares = [0.0]
+    if not all(0 < share < 100 for share in shares):
+        raise InputError(
+            f"--loads takes shares of the limit with commas between, such as 0.8,1, not {text!r}"
+        )
+    return shares
 
 
 def _recipe(workload: str | None, trace: Path | None, items: list[str] | None) -> Any:
@@ -155,3 +180,76 @@ def _telling(total: int) -> Iterator[Callable[[int, str], Callable[[str], None]]
             return lambda text: bar.update(task, description=f"{name}: {text}")
 
         yield tell
+
+
+@app.command()
+def conserving(
+    profile: Annotated[str | None, typer.Option(help="a cost profile: its name, or a JSON file")] = None,
+    scheduler: Annotated[list[str] | None, typer.Option(help="its name; repeatable, or with commas")] = None,
+    agent: Annotated[
+        str | None,
+        typer.Option(help="instead, a folder of a run or an agent, or pretrained:NAME"),
+    ] = None,
+    workload: Annotated[str | None, typer.Option(help="its name; see `llmsched list workloads`")] = None,
+    trace: Annotated[Path | None, typer.Option(help="a trace: CSV, CSV.gz or JSONL")] = None,
+    num_requests: Annotated[int, typer.Option(help="how many of a workload")] = 1000,
+    rate: Annotated[float | None, typer.Option(help="requests per second")] = None,
+    load: Annotated[float | None, typer.Option(help="the same as a share of the limit; default: 1.1")] = None,
+    scenario: Annotated[str | None, typer.Option(help="of the agent; default: its own")] = None,
+    seed: Annotated[int, typer.Option(help="of the requests, or of the agent's episode")] = 0,
+    token_budget: Annotated[int | None, typer.Option(help="most tokens of an iteration")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="most requests running at once")] = None,
+    kv_tokens: Annotated[int | None, typer.Option(help="KV cache in tokens; default: the profile's")] = None,
+    block_size: Annotated[int | None, typer.Option(help="tokens of a block of the KV cache: 16")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="a setting of schedulers or engine; repeatable"),
+    ] = None,
+    workload_settings: Annotated[
+        list[str] | None,
+        typer.Option("--workload-set", metavar="KEY=VALUE", help="as of stability"),
+    ] = None,
+    k: Annotated[int | None, typer.Option("--k", help="K of K-FCFS; default: the token budget")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Watch schedulers, or an agent, and show the first batch that they could have filled and did not."""
+    from baselines import conserving as rules
+    from baselines.stability import Case
+    from llmsched_env.errors import InputError
+
+    found: dict[str, rules.Report] = {}
+    if agent is not None:
+        if scheduler or profile or workload or trace:
+            raise InputError("an --agent has its scenario; leave --scheduler, --profile and --workload out")
+        from agents.agent import Agent
+        from agents.watching import episode
+
+        name = agent.removeprefix("pretrained:")
+        loaded = Agent.pretrained(name) if agent.startswith("pretrained:") else Agent.load(agent)
+        found[agent] = rules.check(episode(loaded, scenario=scenario, seed=seed), k=k)
+    else:
+        if not scheduler or profile is None:
+            raise InputError("give --scheduler NAME with --profile and --workload, or --agent FOLDER")
+        if rate is not None and load is not None:
+            raise InputError("give either --rate or --load, not both")
+        if scenario is not None:
+            raise InputError("--scenario is of an --agent; a scheduler takes --workload and --profile")
+        source = _recipe(workload, trace, workload_settings)
+        limits = {"token_budget": token_budget, "max_num_seqs": max_num_seqs, "block_size": block_size}
+        for name in _names(scheduler):
+            policy, engine = policy_and_engine(name, pairs_of("--set", settings), kv_tokens, limits)
+            case = Case.of(policy, source, profile, engine)
+            at = rate if rate is not None else case.limit.rps * (1.1 if load is None else load)
+            if not at > 0 or num_requests < 1:
+                raise InputError("--rate, --load and --num-requests must be positive")
+            drawn = case.draw(at, num_requests, 0, seed)
+            found[name] = rules.observe(policy, drawn, profile, engine, k=k, seed=seed)
+    if as_json:
+        each = [{"scheduler": name, **one.to_dict()} for name, one in found.items()]
+        print(json.dumps(jsonable(each[0] if len(each) == 1 else {"schedulers": each}), allow_nan=False))
+        return
+    show(rules.table(found))
+    for name, one in found.items():
+        for breach in one.breaches.values():
+            if breach is not None:
+                print(f"{name}: {breach}")
