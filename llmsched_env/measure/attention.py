@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from llmsched_env.errors import InputError
-from llmsched_env.measure.device import Device, out_of_memory
+from llmsched_env.measure.device import Device, out_of_memory, warm
 
 USES = ("decode", "prefill", "chunk")
 """One new token; new tokens with nothing before them; new tokens behind a context."""
@@ -28,7 +28,8 @@ Tensor = torch.Tensor
 Kernel = Callable[[Tensor, Tensor, Tensor, "Part"], Tensor]
 """kernel(query (rows, heads, head_dim), keys, values (pages, page, KV heads, head_dim), part) -> as query."""
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+"""Of the norm. In bfloat16 it is 2e-3; a decode that misses its newest token would be off by 3e-2."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,5 +293,5 @@ def _try(on: Device, kernel: Kernel, sample: tuple[Tensor, Tensor, Tensor, Part]
     if not off < tolerance:
         raise ValueError(f"wrong by {off:.2g} of its size")
     step = on.graph(lambda: kernel(*sample))  # as engines run it, and not as fast as Python launches it
-    on.times(step, 3)
+    warm(on, step)  # the first one tried would else be the slowest
     return statistics.median(on.times(step, 10))

@@ -227,12 +227,13 @@ class Decoder:
             small = _compiled()
             width, dim = sum(self._widths), self.shape.head_dim
             with torch.inference_mode():
-                for rows in (2, 3):
-                    x = self._normal(rows, self.shape.hidden, scale=1.0)
+                for rows in (2, 3):  # two numbers of them: see `_compiled`
+                    x, residual = (self._normal(rows, self.shape.hidden, scale=1.0) for _ in range(2))
                     gates, mixed = self._normal(rows, 2 * self.shape.ffn), self._normal(rows, width)
-                    cos, sin = self._cos[:rows], self._sin[:rows]
+                    positions = torch.arange(rows, device=self._on.torch)
+                    cos, sin = self._cos[positions], self._sin[positions]
                     for got, expected in (
-                        (small.add_norm(x, x, self.norm), _EAGER.add_norm(x, x, self.norm)),
+                        (small.add_norm(x, residual, self.norm), _EAGER.add_norm(x, residual, self.norm)),
                         ((small.gate(gates),), (_EAGER.gate(gates),)),
                         (
                             small.rotate(mixed, cos, sin, self._widths, dim),
@@ -294,6 +295,8 @@ def _compiled() -> _Small:
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
 
     def fuse(function: Any) -> Any:
-        return torch.compile(function, dynamic=True, fullgraph=True)
+        # What differs between the first two calls becomes variable, and nothing else: that is the rows.
+        # Widths that the compiler knows make kernels that read a row once, and calls that check less.
+        return torch.compile(function, fullgraph=True)
 
     return _Small(fuse(_add_norm), fuse(_rotate), fuse(_gate))

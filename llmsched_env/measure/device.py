@@ -52,9 +52,20 @@ class Device:
         """Memory that one repetition takes beside what is taken before; None: it cannot be told."""
         return None
 
+    def launch(self, step: Step) -> float:
+        """Seconds until one repetition is launched; 0 where that is not apart from running it."""
+        return 0.0
+
     def graph(self, step: Step) -> Step:
         """The step as one launch, where the device has that; the step itself elsewhere."""
         return step
+
+    def require(self, dtype: str) -> None:
+        """That it computes in a dtype of `shapes.DTYPES`.
+
+        Raises:
+            InputError: it does not.
+        """
 
     def release(self) -> None:
         """Give back what no tensor uses any more."""
@@ -103,6 +114,7 @@ class Cuda(Device):
 
     def __init__(self) -> None:
         self.torch = torch.device("cuda", torch.cuda.current_device())
+        self._side: torch.cuda.Stream | None = None
 
     def facts(self) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(self.torch)
@@ -146,17 +158,36 @@ class Cuda(Device):
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated(self.torch)) - before
 
-    def graph(self, step: Step) -> Step:
-        # Once on another stream first, as capturing asks for: libraries set themselves up in it.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+    def launch(self, step: Step) -> float:
+        found = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
             step()
-        torch.cuda.current_stream().wait_stream(side)
+            found.append(time.perf_counter() - begin)
+        torch.cuda.synchronize()
+        return statistics.median(found)
+
+    def graph(self, step: Step) -> Step:
+        # Once on the stream that captures first: libraries set themselves up on it. It is the same for all
+        # graphs, since they keep a workspace for each stream that they have seen.
+        if self._side is None:
+            self._side = torch.cuda.Stream(self.torch)
+        current = torch.cuda.current_stream(self.torch)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            step()
+        current.wait_stream(self._side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The outer one, since where capturing fails PyTorch leaves the stream that captured the current one.
+        with torch.cuda.stream(current), torch.cuda.graph(graph, stream=self._side):
             step()
         return graph.replay
+
+    def require(self, dtype: str) -> None:
+        if dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            name = torch.cuda.get_device_properties(self.torch).name
+            raise InputError(f"{name} does not compute in bf16; measure with --dtype fp16")
 
     def release(self) -> None:
         torch.cuda.empty_cache()
@@ -181,19 +212,36 @@ def device(kind: str) -> Device:
     return Cuda()
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of PyTorch says that the memory did not suffice."""
-    if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and (
-        "out of memory" in str(error) or "can't allocate memory" in str(error)
-    )
+_NO_MEMORY = ("out of memory", "can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def short_name(name: str) -> str:
-    """A GPU's name as `profiles.roofline.GPUS` has it, where it is one of them."""
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an exception of PyTorch says that the memory did not suffice, or one in the handling of which
+    it came up: when a graph cannot be captured, another error follows."""
+    while error is not None:
+        if isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)):
+            return True
+        if isinstance(error, RuntimeError) and any(what in str(error) for what in _NO_MEMORY):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def short_name(name: str, memory_gib: float | None = None) -> str:
+    """A GPU's name as `profiles.roofline.GPUS` has it, where it is one of them; the name itself otherwise,
+    and of those of the same name for another socket, with other memory, or of a part of one.
+
+    Args:
+        memory_gib: that PyTorch finds; None: not known.
+    """
     words = name.lower().replace("-", " ").split()
-    return next((known for known in GPUS if known in words), name)
+    found = next((known for known in GPUS if known in words), None)
+    if found is None or {"pcie", "nvl", "mig"} & set(words):
+        return name
+    # Datasheets count in powers of ten, and a part is kept back.
+    if memory_gib is not None and not 0.85 < memory_gib * GIB / GPUS[found].memory < 1.15:
+        return name
+    return found
 
 
 def bandwidth(on: Device) -> float:
@@ -219,14 +267,19 @@ def flops(on: Device, dtype: str, hidden: int, ffn: int, tokens: int) -> float:
     return best
 
 
+def warm(on: Device, step: Step) -> None:
+    """Repeat a step until a GPU's clocks are up."""
+    begin = time.perf_counter()
+    for _ in range(100 if on.kind == "cuda" else 1):
+        on.times(step, 3)
+        if time.perf_counter() - begin > 0.3:
+            break
+
+
 def _best(on: Device, step: Step) -> float:
     """Median seconds of the better half of some repetitions."""
     with torch.inference_mode():
-        begin = time.perf_counter()
-        for _ in range(100 if on.kind == "cuda" else 1):  # until its clocks are up
-            on.times(step, 3)
-            if time.perf_counter() - begin > 0.3:
-                break
+        warm(on, step)
         found = sorted(on.times(step, 20))
     return max(statistics.median(found[:10]), 1e-9)
 
