@@ -40,7 +40,7 @@ from llmsched_env.measure import (  # noqa: E402
     session,
     shapes,
 )
-from llmsched_env.measure.grid import FITTED, JUDGED, Batch, Limits  # noqa: E402
+from llmsched_env.measure.grid import CHOOSING, FITTED, JUDGED, Batch, Limits  # noqa: E402
 from llmsched_env.measure.settings import GIB  # noqa: E402
 from llmsched_env.profiles import fit, roofline  # noqa: E402
 
@@ -217,7 +217,8 @@ def test_designed_batches_are_within_the_limits(limits, quick):
         assert len(set(part)) == len(part)
         assert all(batch.tokens <= limits.tokens for batch in part)
         assert all(min(batch.features) >= 0 for batch in part)
-    assert not set(parts[FITTED]) & set(parts[JUDGED])
+    assert list(parts) == list(grid.PARTS)
+    assert len(set().union(*parts.values())) == sum(map(len, parts.values()))  # none is in two
 
 
 def test_the_grid_of_a_real_decoder():
@@ -237,6 +238,7 @@ def test_the_grid_of_a_real_decoder():
     assert ((P > 0) & (D > 0)).sum() >= 40
     judged = [batch.kind for batch in parts[JUDGED]]
     assert judged.count("mix") == 48 and judged.count("decode") == judged.count("prefill") == 16
+    assert [batch.kind for batch in parts[CHOOSING]] == ["mix"] * 24
     quick = session.plan(dataclasses.replace(settings, quick=True), 80 * GIB)
     assert 70 <= quick.batches < session.plan(settings, 80 * GIB).batches / 3
 
@@ -378,10 +380,41 @@ def test_fused_operations_give_the_same():
     settings = Settings("tiny", "fp32", "cpu", max_tokens=64, max_context=512, max_decodes=8, fuse=True)
     made = decoder.Decoder(settings, device.device("cpu"), pages=12)
     assert made.notes["small operations"] == "fused"
-    for text in ("1xd5", "3xd70+1xp9@300+1xp4@0"):
+    for text in ("1xd5", "3xd70+1xp9@300+1xp4@0", "1xp64@0"):  # as many rows as columns, at last
         inputs = made.inputs(Batch.parse(text))
         fused, made._small = made.logits(inputs), decoder._EAGER
         torch.testing.assert_close(made.logits(inputs), fused, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_compiled_knows_the_widths_and_takes_any_number_of_rows(monkeypatch):
+    compiled: list[list[tuple]] = []
+    true = torch.compile
+
+    def backend(graph, _):
+        found = [node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"]
+        compiled.append([tuple(x.shape) for x in found if isinstance(x, torch.Tensor)])
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", lambda function, **how: true(function, backend=backend, **how))
+    settings = Settings("tiny", "fp32", "cpu", max_tokens=64, max_context=512, max_decodes=8, fuse=True)
+    made = decoder.Decoder(settings, device.device("cpu"), pages=12)
+    assert made.notes["small operations"] == "fused"
+    last: dict[int, list[tuple]] = {shapes[0][-1]: shapes for shapes in compiled}
+    wanted = {64: [(64,), (64,), ()], 256: [(256,)], 128: [(128,), (1, 8), (1, 8)]}
+    assert {width: [shape[1:] for shape in found] for width, found in last.items()} == wanted
+    for found in last.values():
+        assert not isinstance(found[0][0], int)  # rows: a symbol
+    assert last[64][2] == (64,)
+    # A session compiles nothing more, except for one row.
+    before = len(compiled)
+    for text in ("3xd70+1xp9@300", "1xp64@0", "8xd9"):
+        made.logits(made.inputs(Batch.parse(text)))
+    assert len(compiled) == before
+    made.logits(made.inputs(Batch.parse("1xd5")))
+    assert len(compiled) <= before + 3
+    torch._dynamo.reset()
 
 
 def test_operations_that_cannot_be_fused_run_as_they_are(monkeypatch):
@@ -506,15 +539,18 @@ def test_another_flash_attention_that_is_not_there():
 
 
 class Clock(device.Cpu):
-    """A device that takes as long as it is told to, and counts."""
+    """A device that takes as long as it is told to, also to launch, and counts."""
 
-    def __init__(self, seconds):
+    def __init__(self, seconds, launch=lambda what: 0.0):
         super().__init__()
-        self.seconds, self.calls, self.graphs = seconds, 0, 0
+        self.seconds, self.calls, self.graphs, self.launch_s = seconds, 0, 0, launch
 
     def times(self, step, repeats):
         self.calls += repeats
         return [self.seconds(step())] * repeats
+
+    def launch(self, step):
+        return self.launch_s(step())
 
     def graph(self, step):
         self.graphs += 1
@@ -539,20 +575,165 @@ def test_times_are_scaled_to_all_layers(layers, expected):
     settings = dataclasses.replace(FAST, layers=layers)
     clock = Clock(lambda what: {"whole": 5.0, "ends": 1.0}[what])
     found = session._time(settings, Answers(), clock, Batch.parse("1xd9"), lambda: False)
-    assert (found.seconds, found.spread_s, found.repeats) == (expected, 0.0, 3)
+    assert (found.seconds, found.spread_s, found.repeats, found.launch_s) == (expected, 0.0, 3, 0.0)
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(None, 4.0), (1, 0.5 + (4 - 0.5) * 2)])
+def test_launching_is_timed_where_there_is_no_graph(layers, expected):
+    settings = dataclasses.replace(FAST, layers=layers, graph_tokens=0)
+    clock = Clock(lambda what: 5.0 if what == "whole" else 1.0, lambda what: 4.0 if what == "whole" else 0.5)
+    found = session._time(settings, Answers(), clock, Batch.parse("1xd9"), lambda: False)
+    assert found.launch_s == expected
+    row = journal.Row(Batch.parse("1xd9"), FITTED, 5.0, 0.0, 3)
+    assert [dataclasses.replace(row, launch_s=s).launching for s in (0.0, 4.4, 4.6, 5.1)] == [
+        *(False, False, True, True)
+    ]
 
 
 @pytest.mark.parametrize(
-    ("took", "seconds", "expected"), [(0.5, 0.0, 3), (0.5, 4.0, 8), (1e-3, 4.0, 100), (0.5, 1.0, 3)]
+    ("took", "seconds", "repeats", "expected"),
+    [
+        (0.5, 0.0, 3, 3),
+        (0.5, 4.0, 3, 8),
+        (1e-3, 4.0, 3, 100),
+        (0.5, 1.0, 3, 3),
+        (1e-3, 4.0, 150, 150),  # "at least" is meant
+    ],
 )
-def test_repetitions(took, seconds, expected):
-    settings = dataclasses.replace(FAST, seconds=seconds, warmup=2, graph_tokens=64)
+def test_repetitions(took, seconds, repeats, expected):
+    settings = dataclasses.replace(FAST, seconds=seconds, repeats=repeats, warmup=2, graph_tokens=64)
     for tokens, graphs in ((64, 1), (65, 0)):
-        clock = Clock(lambda _: took)
+        clock = Clock(lambda _: took, lambda _: 0.25)
         batch = Batch(chunks=((1, tokens, 0),))
-        assert len(session._repeat(settings, clock, batch, lambda: None, lambda: False)) == expected
+        found, launch = session._repeat(settings, clock, batch, lambda: None, lambda: False)
+        assert len(found) == expected and launch == (0.0 if graphs else 0.25)
         assert clock.calls == 2 + 2 * graphs + expected  # two more to warm up the graph
         assert clock.graphs == graphs
+
+
+class Entered:
+    """`torch.cuda.stream`: what is current stays so until it is left."""
+
+    def __init__(self, gpu, stream):
+        self.gpu, self.stream = gpu, stream
+
+    def __enter__(self):
+        self.before, self.gpu.current = self.gpu.current, self.stream
+
+    def __exit__(self, *_):
+        self.gpu.current = self.before
+
+
+class Gpu:
+    """What `device.Cuda` uses of `torch.cuda`, in place of it: streams, events of a clock, and graphs, which
+    end as CUDA does when a step has failed in them."""
+
+    def __init__(self, monkeypatch):
+        self.current, self.streams, self.now, self.log = "the first", 0, 0.0, []
+        self.capturing = self.broken = False
+        gpu = self
+
+        class Stream:
+            def __init__(self, *_):
+                gpu.streams += 1
+
+            def wait_stream(self, other):
+                gpu.log.append("wait")
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = gpu.now
+
+            def elapsed_time(self, end):
+                return 1000 * (end.at - self.at)
+
+        class Graph:
+            def capture_begin(self, **_):
+                gpu.capturing, gpu.broken = True, False
+
+            def capture_end(self):
+                gpu.capturing = False
+                if gpu.broken:
+                    raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+            def replay(self):
+                gpu.log.append("replay")
+
+        self.current = Stream()
+        self.first, self.streams = self.current, 0
+        for name, fake in {
+            "current_device": lambda: 0,
+            "current_stream": lambda *_: gpu.current,
+            "stream": lambda which: Entered(gpu, which),
+            "synchronize": lambda *_: gpu.log.append("synchronize"),
+            "empty_cache": lambda: None,
+            "Stream": Stream,
+            "Event": Event,
+            "CUDAGraph": Graph,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+        monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+        # PyTorch's own class makes the graph.
+        monkeypatch.setattr(torch.cuda.graph, "default_capture_stream", None)
+
+
+def test_graphs_are_captured_on_one_stream_that_was_warmed_up(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    cuda = device.Cuda()
+    ran = []
+    for _ in range(40):
+        ran.clear()
+        step = cuda.graph(lambda: ran.append((gpu.capturing, gpu.current)))
+        (before, warmed), (during, captured) = ran
+        assert (before, during) == (False, True) and warmed is captured is not gpu.first
+        assert gpu.current is gpu.first
+        gpu.log.clear()
+        step()
+        assert gpu.log == ["replay"] and len(ran) == 2
+    assert gpu.streams == 1
+
+
+@pytest.mark.parametrize("error", [torch.cuda.OutOfMemoryError("CUDA out of memory."), RuntimeError("no")])
+def test_a_graph_that_cannot_be_captured(monkeypatch, error):
+    gpu = Gpu(monkeypatch)
+    cuda = device.Cuda()
+
+    def step():
+        if gpu.capturing:
+            gpu.broken = True
+            raise error
+
+    with pytest.raises(
+        RuntimeError, match="operation failed due to a previous error during capture"
+    ) as raised:
+        cuda.graph(step)
+    assert device.out_of_memory(raised.value) == isinstance(error, torch.cuda.OutOfMemoryError)
+    assert gpu.current is gpu.first
+    cuda.graph(lambda: None)()
+
+
+def test_times_are_those_between_events(monkeypatch):
+    gpu = Gpu(monkeypatch)
+    took = iter((0.5, 0.25, 0.125))
+
+    def step():
+        gpu.now += next(took)
+
+    assert device.Cuda().times(step, 3) == [0.5, 0.25, 0.125]
+    assert gpu.log == ["synchronize", "synchronize"]  # none between them
+
+
+def test_a_gpu_without_bf16(monkeypatch, tmp_path):
+    Gpu(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    properties = type("Properties", (), {"name": "Tesla V100"})()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    with pytest.raises(InputError, match=r"^Tesla V100 does not compute in bf16; measure with --dtype fp16$"):
+        device.Cuda().require("bf16")
+    device.Cuda().require("fp16")
 
 
 def test_floors_by_hand():
@@ -585,7 +766,16 @@ def test_short_names_of_gpus():
     assert device.short_name("NVIDIA H200") == "h200"
     assert device.short_name("NVIDIA A100-SXM4-80GB") == "a100"
     assert device.short_name("NVIDIA H100 80GB HBM3") == "h100"
-    assert device.short_name("NVIDIA GeForce RTX 4090") == "NVIDIA GeForce RTX 4090"
+    assert device.short_name("NVIDIA H100 80GB HBM3", 79.2) == "h100"
+    assert device.short_name("NVIDIA H200", 139.8) == "h200"
+    for other, gib in (
+        ("NVIDIA GeForce RTX 4090", 23.6),
+        ("NVIDIA H100 PCIe", 79.2),  # 2.0 TB/s, where the datasheet of the other socket has 3.35
+        ("NVIDIA H100 NVL", 93.1),
+        ("NVIDIA A100-SXM4-40GB", 39.4),
+        ("NVIDIA A100-SXM4-80GB MIG 3g.40gb", 39.2),
+    ):
+        assert device.short_name(other, gib) == other
 
 
 # ---------------------------------------------------------------------- sessions
@@ -666,7 +856,7 @@ def test_it_stops_and_goes_on(tmp_path, whole):
 
 
 def test_it_stops_before_the_first_batch(tmp_path):
-    with pytest.raises(Interrupted, match=r"^0 of 47 batches are measured; nothing is kept$") as raised:
+    with pytest.raises(Interrupted, match=r"^0 of 57 batches are measured; nothing is kept$") as raised:
         session.run(FAST, tmp_path / "mine.json", stop=lambda: True)
     assert not raised.value.begun and not list(tmp_path.iterdir())
 
@@ -690,12 +880,13 @@ def test_a_last_line_that_was_cut_off_is_measured_again(tmp_path, whole):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda cells: cells[:-1], "line 3 is damaged: 10 cells, but 11 columns; delete the line"),
+        (lambda cells: cells[:-1], "line 3 is damaged: 11 cells, but 12 columns; delete the line"),
         (lambda cells: ["1xq5", *cells[1:]], "'1xq5' is no batch such as"),
-        (lambda cells: [cells[0], "none", *cells[2:]], "part 'none' is neither grid nor held-out"),
+        (lambda cells: [cells[0], "none", *cells[2:]], "part 'none' is none of grid, choosing, held-out"),
         (lambda cells: [*cells[:2], "1e9", *cells[3:]], "the features are not those of"),
         (lambda cells: [*cells[:8], "0", *cells[9:]], "seconds 0, spread"),
         (lambda cells: [*cells[:8], "nan", *cells[9:]], "seconds nan, spread"),
+        (lambda cells: [*cells[:11], "-1"], "launch -1 are no measurement"),
         (lambda cells: [*cells[:8], "fast", *cells[9:]], "could not convert string to float: 'fast'"),
     ],
 )
@@ -837,6 +1028,16 @@ def test_a_full_disk(tmp_path, whole, monkeypatch):
     assert files.rows.read_bytes() == before and row.batch not in opened.rows
 
 
+def test_a_failure_before_the_first_batch_is_one_line(tmp_path, monkeypatch):
+    def step(self, inputs):
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore of it")
+
+    monkeypatch.setattr(decoder.Decoder, "step", step)
+    with pytest.raises(InputError, match=r"^PyTorch failed before the first batch: CUDA error: [^\n]*$"):
+        session.run(FAST, tmp_path / "mine.json")
+    assert not list(tmp_path.iterdir())
+
+
 def test_memory_that_others_use(tmp_path, monkeypatch):
     monkeypatch.setattr(device.Cpu, "free_bytes", lambda self: 2**20)
     with pytest.raises(
@@ -910,6 +1111,44 @@ def test_the_form_that_is_true_is_chosen(whole):
     assert seen == int(free // 131072)
 
 
+def test_the_form_is_chosen_by_mixes_that_do_not_judge_it(whole):
+    """What is reported is no better for having been chosen by."""
+    settings = Settings("llama-3-8b", memory_gib=80.0)
+    planned = session.plan(settings, 80 * GIB)
+    one, other = profiles.get("roofline:llama-3-8b@h100"), profiles.get("a100-llama3-8b")
+
+    def chosen(grid_by, choosing_by, judged_by):
+        by = {FITTED: grid_by, CHOOSING: choosing_by, JUDGED: judged_by}
+        rows = {
+            batch: journal.Row(batch, part, float(by[part].time(*batch.features)), 0.0, 10)
+            for part, found in planned.parts.items()
+            for batch in found
+        }
+        return report.of(dataclasses.replace(whole[0], settings=settings, plan=planned, rows=rows))
+
+    staircase = chosen(one, one, one).fits["staircase"]
+    found = chosen(one, staircase, one)
+    assert found.chosen == "staircase" and found.profile.fit["median_rel"] > 0.05
+    found = chosen(one, one, other)
+    assert found.chosen == "roofline" and found.profile.fit["median_rel"] > 0.05
+
+
+def test_batches_that_launching_bounds_are_told(whole, capsys):
+    rows = dict(whole[0].rows)
+    some = [batch for batch in rows if rows[batch].part == FITTED][:2]
+    for batch in some:
+        rows[batch] = dataclasses.replace(rows[batch], launch_s=rows[batch].seconds)
+    outcome = dataclasses.replace(whole[0], rows=rows)
+    found = report.of(outcome)
+    assert ", 2 of them as slow as their kernels were launched;" in found.profile.provenance
+    assert "were launched" not in report.of(whole[0]).profile.provenance
+    assert command._summary(found, outcome)["launching"] == sorted(map(str, some))
+    command._show(found, outcome)
+    most = max(batch.tokens for batch in some)
+    text = capsys.readouterr().out
+    assert "careful: 2 batches" in text and f"--graph-tokens {most} measures the GPU alone" in text
+
+
 def test_too_few_rows_to_fit(whole):
     rows = dict(list(whole[0].rows.items())[:9])
     with pytest.raises(InputError, match="could be measured, too few to fit"):
@@ -932,7 +1171,7 @@ def test_the_command_from_the_grid_to_a_simulation(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(command._Bar, "_show", interrupting)
     assert main([*OPTIONS, "--output", "mine.json"]) == 130
     captured = capsys.readouterr()
-    assert "4 of 47 batches are measured; the same command with --resume goes on\n" in captured.err
+    assert "4 of 57 batches are measured; the same command with --resume goes on\n" in captured.err
     assert "times the floor" in captured.out
     assert [signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert sorted(os.listdir()) == ["mine.about.json", "mine.csv"]
@@ -940,7 +1179,7 @@ def test_the_command_from_the_grid_to_a_simulation(tmp_path, monkeypatch, capsys
 
     assert main([*OPTIONS, "--output", "mine.json", "--resume", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert (said["measured"], said["measured_now"], said["skipped"]) == (47, 43, {})
+    assert (said["measured"], said["measured_now"], said["skipped"]) == (57, 53, {})
     assert said["form"] in report.FORMS and set(said["errors"]) == set(report.FORMS)
     assert {"R2", "median_rel", "p95_rel"} <= set(said["errors"]["hinge"]["mix"])
     assert sorted(os.listdir()) == ["mine.about.json", "mine.csv", "mine.fit.png", "mine.json"]

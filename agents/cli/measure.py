@@ -180,6 +180,7 @@ def _summary(report: Report, outcome: Outcome) -> dict[str, Any]:
         "measured": len(outcome.rows),
         "measured_now": outcome.fresh,
         "skipped": {str(batch): why for batch, why in outcome.skipped.items()},
+        "launching": sorted(str(row.batch) for row in outcome.rows.values() if row.launching),
     }
 
 
@@ -201,6 +202,14 @@ def _show(report: Report, outcome: Outcome) -> None:
         print(f"KV cache of an engine: {kv:,} tokens")
     for batch, why in outcome.skipped.items():
         print(f"skipped: {batch}, {why}")
+    launching = [row for row in outcome.rows.values() if row.launching]
+    if launching:
+        most = max(row.batch.tokens for row in launching)
+        print(
+            f"careful: {len(launching)} batches of up to {most} tokens took as long as launching their "
+            f"kernels one by one, which engines do faster; --graph-tokens {most} measures the GPU "
+            "alone"
+        )
     files = outcome.files
     print(f"times: {files.rows}; settings, hardware, checks: {files.about}; picture: {files.picture}")
     print(

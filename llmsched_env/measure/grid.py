@@ -1,9 +1,9 @@
-"""The batches that are measured: a designed grid, to which cost models are fitted, and batches at random,
-which judge them.
+"""The batches that are measured: a designed grid, to which cost models are fitted, and batches at random, by
+some of which a form is chosen, and which judge it by the others.
 
 The grid varies one thing at a time: prefill tokens with nothing cached and behind a context, the same tokens
 as one prompt and as several, decodes by their number and by the tokens they read, and mixes of both. The
-others are such as engines form: prompts, chunks and decodes of all sizes together. No batch is in both.
+others are such as engines form: prompts, chunks and decodes of all sizes together. No batch is in two parts.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from llmsched_env.errors import InputError
 
-FITTED, JUDGED = "grid", "held-out"
-"""The two parts: what cost models are fitted to, and what judges them."""
+FITTED, CHOOSING, JUDGED = "grid", "choosing", "held-out"
+"""The parts: what cost models are fitted to, what one of their forms is chosen by, and what judges them."""
+
+PARTS = (FITTED, CHOOSING, JUDGED)
 
 KINDS = ("prefill", "decode", "mix")
 
@@ -125,7 +127,7 @@ class Limits:
 
 
 def design(limits: Limits, *, quick: bool = False, seed: int = 0) -> dict[str, list[Batch]]:
-    """The batches of both parts, by the part's name; each part is sorted, and none is beyond the limits.
+    """The batches of all parts, by the part's name; each part is sorted, and none is beyond the limits.
 
     Args:
         quick: about a third of them.
@@ -135,13 +137,16 @@ def design(limits: Limits, *, quick: bool = False, seed: int = 0) -> dict[str, l
         InputError: the limits leave too few to fit a model.
     """
     grid = {batch for batch in _grid(limits, quick) if limits.allow(batch)}
-    judges = _random(limits, 7 if quick else 16, seed, grid)
-    if len(grid) < 12 or sum(batch.kind == "mix" for batch in judges) < 4:
+    many, rng = 7 if quick else 16, np.random.default_rng(seed)
+    judges = _random(limits, {"prefill": many, "decode": many, "mix": 3 * many}, rng, grid)
+    choosing = _random(limits, {"mix": 3 * many // 2}, rng, grid | judges)
+    if len(grid) < 12 or len(choosing) < 4 or sum(batch.kind == "mix" for batch in judges) < 4:
         raise InputError(
             f"{len(grid)} batches of the grid are within {limits.pages * limits.page:,} tokens of KV cache, "
             f"contexts of {limits.context}, {limits.tokens} tokens and {limits.decodes} decodes; allow more"
         )
-    return {FITTED: sorted(grid, key=_order), JUDGED: sorted(judges, key=_order)}
+    found = {FITTED: grid, CHOOSING: choosing, JUDGED: judges}
+    return {part: sorted(batches, key=_order) for part, batches in found.items()}
 
 
 def _order(batch: Batch) -> tuple[int, Batch]:
@@ -182,9 +187,10 @@ def _grid(limits: Limits, quick: bool) -> Iterable[Batch]:
                         yield Batch((decode,), ((1, fit, min(cached, limits.context - fit)),))
 
 
-def _random(limits: Limits, many: int, seed: int, taken: set[Batch]) -> set[Batch]:
-    """So many prefills and as many decodes, and three times as many mixes, at random, none of them taken."""
-    rng = np.random.default_rng(seed)
+def _random(
+    limits: Limits, many: Mapping[str, int], rng: np.random.Generator, taken: set[Batch]
+) -> set[Batch]:
+    """So many of each kind at random, none of them taken."""
 
     def size(low: int, high: int) -> int:
         """Log-uniform."""
@@ -203,7 +209,7 @@ def _random(limits: Limits, many: int, seed: int, taken: set[Batch]) -> set[Batc
         return tuple(sorted((n, context) for context, n in found.items()))
 
     found: set[Batch] = set()
-    for kind, wanted in (("prefill", many), ("decode", many), ("mix", 3 * many)):
+    for kind, wanted in many.items():
         here: set[Batch] = set()
         for _ in range(200 * wanted):
             batch = Batch(() if kind == "prefill" else decodes(), () if kind == "decode" else prefills())

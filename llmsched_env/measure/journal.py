@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from llmsched_env.errors import InputError
 from llmsched_env.files import require_writable_file, writing
-from llmsched_env.measure.grid import FITTED, JUDGED, Batch
+from llmsched_env.measure.grid import PARTS, Batch
 from llmsched_env.profiles.fit import FEATURES
 
-COLUMNS = ("batch", "part", *FEATURES, "seconds", "spread_s", "repeats")
+COLUMNS = ("batch", "part", *FEATURES, "seconds", "spread_s", "repeats", "launch_s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Row:
         seconds: median of an iteration.
         spread_s: between the 10th and the 90th percentile.
         repeats: how many were timed.
+        launch_s: of those seconds, in which the processor launched its kernels one by one; 0: as one graph.
     """
 
     batch: Batch
@@ -46,10 +47,16 @@ class Row:
     seconds: float
     spread_s: float
     repeats: int
+    launch_s: float = 0.0
+
+    @property
+    def launching(self) -> bool:
+        """Whether it takes as long as to launch its kernels: that is what was timed, and not the GPU."""
+        return self.launch_s > 0.9 * self.seconds
 
     def cells(self) -> list[str]:
         """In the order of `COLUMNS`."""
-        numbers = (*self.batch.features, self.seconds, self.spread_s, self.repeats)
+        numbers = (*self.batch.features, self.seconds, self.spread_s, self.repeats, self.launch_s)
         return [str(self.batch), self.part, *(f"{x:.9g}" for x in numbers)]
 
 
@@ -253,12 +260,15 @@ def _row(cells: list[str]) -> Row:
         ValueError: they are not those of one.
     """
     batch, part = Batch.parse(cells[0]), cells[1]
-    if part not in (FITTED, JUDGED):
-        raise ValueError(f"part {part!r} is neither {FITTED} nor {JUDGED}")
+    if part not in PARTS:
+        raise ValueError(f"part {part!r} is none of {', '.join(PARTS)}")
     numbers = [float(cell) for cell in cells[2:]]
     if not np.allclose(numbers[: len(FEATURES)], batch.features, rtol=1e-6):
         raise ValueError(f"the features are not those of {batch}")
-    seconds, spread, repeats = numbers[len(FEATURES) :]
-    if not (0 < seconds < math.inf and 0 <= spread < math.inf and repeats >= 1):
-        raise ValueError(f"seconds {seconds:g}, spread {spread:g}, repeats {repeats:g} are no measurement")
-    return Row(batch, part, seconds, spread, int(repeats))
+    seconds, spread, repeats, launch = numbers[len(FEATURES) :]
+    if not (0 < seconds < math.inf and 0 <= spread < math.inf and repeats >= 1 and 0 <= launch < math.inf):
+        raise ValueError(
+            f"seconds {seconds:g}, spread {spread:g}, repeats {repeats:g}, launch {launch:g} are no "
+            "measurement"
+        )
+    return Row(batch, part, seconds, spread, int(repeats), launch)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from llmsched_env.errors import InputError, unknown
 from llmsched_env.measure import journal, memory
-from llmsched_env.measure.grid import FITTED, JUDGED, KINDS
+from llmsched_env.measure.grid import CHOOSING, FITTED, JUDGED, KINDS
 from llmsched_env.measure.session import Outcome
 from llmsched_env.measure.settings import GIB
 from llmsched_env.profiles import fit, save
@@ -29,7 +29,8 @@ class Report:
     Attributes:
         fits: profiles by form; their `fit` has the errors on the held-out mixes.
         errors: by form and kind of the held-out batches (`grid.KINDS`) what `profiles.fit.judge` gives.
-        chosen: the form with the least median error on the held-out mixes, or the one asked for.
+        chosen: the form with the least median error on mixes of their own (`grid.CHOOSING`), so that the
+            errors on the held-out ones stay honest; or the one asked for.
         measured: features (n, 6) and seconds (n,) by part.
     """
 
@@ -59,11 +60,12 @@ def of(outcome: Outcome, form: str | None = None) -> Report:
     features, seconds = measured[JUDGED]
     prefills, decodes = features[:, 0] > 0, features[:, 4] > 0
     kinds = dict(zip(KINDS, (prefills & ~decodes, decodes & ~prefills, prefills & decodes), strict=True))
-    mixes = kinds["mix"]
-    if len(measured[FITTED][1]) < 10 or mixes.sum() < 2:
+    mixes, choosing = kinds["mix"], journal.arrays(outcome.rows, CHOOSING)
+    if len(measured[FITTED][1]) < 10 or mixes.sum() < 2 or len(choosing[1]) < 2:
         raise InputError(
-            f"{len(measured[FITTED][1])} batches of the grid and {mixes.sum()} held-out mixes could be "
-            f"measured, too few to fit; {len(outcome.skipped)} were skipped for lack of memory"
+            f"{len(measured[FITTED][1])} batches of the grid, {len(choosing[1])} mixes to choose by and "
+            f"{mixes.sum()} held-out mixes could be measured, too few to fit; {len(outcome.skipped)} were "
+            "skipped for lack of memory"
         )
     attributes = _attributes(outcome)
     fits = {}
@@ -83,7 +85,7 @@ def of(outcome: Outcome, form: str | None = None) -> Report:
         }
         for name, profile in fits.items()
     }
-    best = min(FORMS, key=lambda name: fits[name].fit["median_rel"])
+    best = min(FORMS, key=lambda name: fit.judge(fits[name], *choosing)["median_rel"])
     return Report(fits, errors, form or best, measured)
 
 
@@ -113,12 +115,12 @@ def kv_tokens(outcome: Outcome) -> int | None:
 def _attributes(outcome: Outcome) -> dict[str, Any]:
     from llmsched_env.measure.device import short_name
 
-    shape = outcome.settings.shape
+    shape, hardware = outcome.settings.shape, outcome.about["hardware"]
     return {
         "name": outcome.files.profile.stem,
         "kv_tokens": kv_tokens(outcome),
         "kv_bytes_per_token": shape.kv_bytes_per_token,
-        "gpu": short_name(str(outcome.about["hardware"]["device"])),
+        "gpu": short_name(str(hardware["device"]), hardware.get("memory_gib")),
         "model": shape.name,
     }
 
@@ -128,7 +130,7 @@ def _provenance(outcome: Outcome, form: str, mixes: int) -> str:
     shape, hardware, checks = settings.shape, about["hardware"], about["checks"]
     versions = ", ".join(f"{key} {value}" for key, value in hardware.items() if key != "device" and value)
     kernels = ", ".join(f"{found['chosen']} ({use})" for use, found in about["kernels"]["attention"].items())
-    fitted = sum(row.part == FITTED for row in outcome.rows.values())
+    fitted = [row for row in outcome.rows.values() if row.part == FITTED]
     layers = (
         f"all {shape.layers} layers"
         if settings.built_layers == shape.layers
@@ -136,6 +138,8 @@ def _provenance(outcome: Outcome, form: str, mixes: int) -> str:
     )
     graphs = f", CUDA graphs up to {settings.graph_tokens} tokens" if settings.device == "cuda" else ""
     skipped = f", {len(outcome.skipped)} more skipped for lack of memory" if outcome.skipped else ""
+    launching = sum(row.launching for row in fitted)
+    bound = f", {launching} of them as slow as their kernels were launched" if launching else ""
     gib = outcome.plan.memory.total / settings.utilization / GIB
     decode, prompt = (f"{checks[f'{kind}_over_floor']:.2f}" for kind in ("decode", "prefill"))
     return (
@@ -143,10 +147,10 @@ def _provenance(outcome: Outcome, form: str, mixes: int) -> str:
         f"({versions}): a decoder of {shape.name}'s shape with random weights, {settings.dtype}, {layers}, "
         f"KV cache in pages of {memory.PAGE} tokens; attention by {kernels}; small operations "
         f"{about['kernels']['small operations']}{graphs}. Medians of {settings.repeats} or more iterations "
-        f"of each of {fitted} batches up to {settings.max_tokens:,} tokens, {settings.max_decodes} decodes "
-        f"and contexts of {settings.max_context:,}{skipped}; the {form} form fitted to them. The errors are "
-        f"those on {mixes} other mixes at random. Measured over floor: a decode {decode} (bytes over "
-        f"{checks['bandwidth'] / 1e9:,.0f} GB/s reached), a prompt {prompt} (operations over "
+        f"of each of {len(fitted)} batches up to {settings.max_tokens:,} tokens, {settings.max_decodes} "
+        f"decodes and contexts of {settings.max_context:,}{bound}{skipped}; the {form} form fitted to them. "
+        f"The errors are those on {mixes} other mixes at random. Measured over floor: a decode {decode} "
+        f"(bytes over {checks['bandwidth'] / 1e9:,.0f} GB/s reached), a prompt {prompt} (operations over "
         f"{checks['flops'] / 1e12:,.1f} TFLOP/s reached). Time of the device alone; set cpu_s for an engine "
         f"that does not schedule asynchronously. KV capacity: computed, {settings.utilization:g} x "
         f"{gib:.1f} GiB less weights and activations."

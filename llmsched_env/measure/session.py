@@ -15,7 +15,7 @@ import numpy as np
 
 from llmsched_env.errors import InputError
 from llmsched_env.measure import grid, memory
-from llmsched_env.measure.grid import FITTED, JUDGED, Batch
+from llmsched_env.measure.grid import PARTS, Batch
 from llmsched_env.measure.journal import Files, Journal, Row
 from llmsched_env.measure.memory import PAGE, Memory
 from llmsched_env.measure.settings import GIB, Settings
@@ -146,6 +146,7 @@ def run(
     files = Files(Path(output))
     files.check(resume)
     on, total = open_device(settings)
+    on.require(settings.dtype)
     planned = plan(settings, total)
     facts = {"settings": settings.facts(), "hardware": on.facts()}
     journal = Journal.open(files) if resume else None
@@ -155,9 +156,15 @@ def run(
             if _all_measured(planned, journal):  # for another form of the fit, say
                 return Outcome(settings, files, planned, journal.about, journal.rows, {}, 0)
         _require_free(planned, on)
-        peaks = _peaks(settings, on, say)  # before the decoder takes its memory
-        decoder = _build(settings, planned, on, journal)
-        checks = {**peaks, **_check(settings, decoder, on, peaks, say, stop)}
+        try:
+            peaks = _peaks(settings, on, say)  # before the decoder takes its memory
+            decoder = _build(settings, planned, on, journal)
+            checks = {**peaks, **_check(settings, decoder, on, peaks, say, stop)}
+        except (RuntimeError, MemoryError) as error:
+            raise InputError(
+                f"PyTorch failed before the first batch: {_first_line(error)}; try --no-fuse, "
+                "--graph-tokens 0, or another --attention"
+            ) from error
         if journal is None:
             about = {**facts, "kernels": decoder.notes, "checks": checks, "begun": _now()}
             journal = Journal.create(files, about)
@@ -243,7 +250,8 @@ def _peaks(settings: Settings, on: Device, say: Callable[[str], None]) -> dict[s
     say(
         f"memory bandwidth {peaks['bandwidth'] / 1e9:,.0f} GB/s, {peaks['flops'] / 1e12:,.2f} TFLOP/s reached"
     )
-    known = GPUS.get(device.short_name(str(on.facts()["device"])))
+    facts = on.facts()
+    known = GPUS.get(device.short_name(str(facts["device"]), facts.get("memory_gib")))
     if known is not None and settings.dtype != "fp32":
         peaks["bandwidth_of_datasheet"] = peaks["bandwidth"] / known.bandwidth
         peaks["flops_of_datasheet"] = peaks["flops"] / known.flops
@@ -351,7 +359,7 @@ def _measure(
 ) -> Outcome:
     from llmsched_env.measure.device import out_of_memory
 
-    whole = [(batch, part) for part in (FITTED, JUDGED) for batch in planned.parts[part]]
+    whole = [(batch, part) for part in PARTS for batch in planned.parts[part]]
     # In an order at random, so that a drift of the clocks is not taken for an effect of the size.
     order = np.random.default_rng(settings.seed).permutation(len(whole))
     todo = [whole[i] for i in order if whole[i][0] not in journal.rows]
@@ -361,7 +369,7 @@ def _measure(
         row = None
         try:
             timing = _time(settings, decoder, on, batch, stop)
-            row = Row(batch, part, timing.seconds, timing.spread_s, timing.repeats)
+            row = Row(batch, part, timing.seconds, timing.spread_s, timing.repeats, timing.launch_s)
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise InputError(
@@ -394,6 +402,7 @@ class _Timing:
     seconds: float
     spread_s: float
     repeats: int
+    launch_s: float
 
 
 def _time(
@@ -402,33 +411,37 @@ def _time(
     """Median and spread of an iteration. Where not all layers are built, those that are stand for the others:
     an iteration is what it has beside layers, and so many times a layer."""
     inputs = decoder.inputs(batch)
-    found = _repeat(settings, on, batch, lambda: decoder.step(inputs), stop)
+    found, launch = _repeat(settings, on, batch, lambda: decoder.step(inputs), stop)
     low, middle, high = (float(x) for x in np.quantile(found, (0.1, 0.5, 0.9)))
     share = settings.shape.layers / settings.built_layers
     if share > 1:
-        ends = statistics.median(_repeat(settings, on, batch, lambda: decoder.ends(inputs), stop))
+        of_ends, launch_ends = _repeat(settings, on, batch, lambda: decoder.ends(inputs), stop)
+        ends = statistics.median(of_ends)
         middle = ends + max(0.0, middle - ends) * share
-    return _Timing(middle, (high - low) * share, len(found))
+        launch = launch_ends + max(0.0, launch - launch_ends) * share
+    return _Timing(middle, (high - low) * share, len(found), launch)
 
 
 def _repeat(
     settings: Settings, on: Device, batch: Batch, step: Step, stop: Callable[[], bool]
-) -> list[float]:
-    """Seconds of each repetition."""
+) -> tuple[list[float], float]:
+    """Seconds of each repetition; and until one is launched, where that is not as a graph."""
     if stop():
         raise _Stop
-    about = on.times(step, settings.warmup)[-1]
+    about, launch = on.times(step, settings.warmup)[-1], 0.0
     if batch.tokens <= settings.graph_tokens:
         step = on.graph(step)
         about = on.times(step, 2)[-1]
-    wanted = int(min(_MOST_REPEATS, max(settings.repeats, settings.seconds / max(about, 1e-9))))
+    else:
+        launch = on.launch(step)
+    wanted = max(settings.repeats, int(min(_MOST_REPEATS, settings.seconds / max(about, 1e-9))))
     found: list[float] = []
     while len(found) < wanted:
         if stop():
             raise _Stop
         # A tenth of a second at a time, for who waits for it to stop.
         found += on.times(step, min(wanted - len(found), max(1, int(0.1 / max(about, 1e-9)))))
-    return found
+    return found, launch
 
 
 def _now() -> str:

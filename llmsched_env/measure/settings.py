@@ -33,7 +33,7 @@ class Settings:
         seed: of weights, of the batches that judge the fits, and of the order.
         warmup: repetitions that are not timed, of each batch.
         repeats: repetitions that are timed, at least.
-        seconds: of which more are made, up to so long for a batch (or 100).
+        seconds: of which more are made, up to so long for a batch (or 100 of them).
         graph_tokens: batches of at most so many tokens are replayed as a CUDA graph, as engines do. 0: none.
         fuse: compile norms, rotary embeddings and activations to one kernel each. None: on a GPU.
         attention: one of `KERNELS`.

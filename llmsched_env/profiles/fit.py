@@ -31,7 +31,7 @@ FEATURES = {
 }
 """Columns of a file of measured iterations, in the order of `core.cost`; beside them `seconds`."""
 
-ANNOTATIONS = ("batch", "part", "spread_s", "repeats")
+ANNOTATIONS = ("batch", "part", "spread_s", "repeats", "launch_s")
 """Columns that such a file may have for people and programs; they are not fitted."""
 
 
@@ -214,7 +214,7 @@ def fit(
         """The best parameters with the breakpoints `at`, and their error."""
         relative = how.design(f, np.asarray(at, dtype=np.float64)) / t[:, None]
         scale = np.maximum(relative.max(axis=0), 1e-300)  # columns of like size
-        x, error = nnls(relative / scale, np.ones(len(t)))
+        x, error = nnls(relative / scale, np.ones(len(t)), maxiter=100 * relative.shape[1])
         return x / scale, error
 
     # One breakpoint after the other, each searched with the others as they are, until that gains nothing.
