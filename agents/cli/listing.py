@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 def list_(
     what: Annotated[
         str | None,
-        typer.Argument(help="schedulers, workloads, profiles, scenarios, presets or pretrained; else all"),
+        typer.Argument(
+            help="schedulers, workloads, profiles, scenarios, networks, disciplines, presets or pretrained; "
+            "else all"
+        ),
     ] = None,
 ) -> None:
     """List what there is by name."""
@@ -30,6 +33,8 @@ def list_(
         "workloads": _workloads,
         "profiles": _profiles,
         "scenarios": _scenarios,
+        "networks": _networks,
+        "disciplines": _disciplines,
         "presets": _presets,
         "pretrained": _pretrained,
     }
@@ -75,6 +80,20 @@ def _scenarios() -> Iterator[tuple[str, ...]]:
             rate = scenario.workload.rate_rps()
             load = f"{rate:.3g}/s" if math.isfinite(rate) else "at once"
         yield name, str(scenario.num_requests), load, profile, scenario.summary
+
+
+def _networks() -> Iterator[tuple[str, ...]]:
+    from llmsched_env import networks
+
+    for name in networks.names():
+        yield name, networks.get(name).summary
+
+
+def _disciplines() -> Iterator[tuple[str, ...]]:
+    from llmsched_env.networks import disciplines
+
+    for name in disciplines.names():
+        yield name, disciplines.get(name).summary
 
 
 def _presets() -> Iterator[tuple[str, ...]]:
