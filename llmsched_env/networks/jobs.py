@@ -83,6 +83,53 @@ class Jobs:
             requests.arrival_s, 1, 0, requests.prompt_tokens, requests.output_tokens, workflow=requests.client
         )
 
+    def take(self, index: ArrayLike) -> Jobs:
+        """The jobs at `index`, in this order, which must be one of arrival."""
+        index = np.asarray(index, dtype=np.int64)
+        counts = np.diff(self.first_hop)[index]
+        starts = np.cumsum(counts) - counts
+        hops = np.repeat(self.first_hop[index] - starts, counts) + np.arange(int(counts.sum()))
+        number = np.full(self.num_hops, -1, np.int64)
+        number[hops] = np.arange(len(hops))
+        before, after = number[self.before], number[self.after]
+        kept = before >= 0
+        return Jobs.of(
+            self.arrival_s[index],
+            counts,
+            self.node[hops],
+            self.prompt_tokens[hops],
+            self.output_tokens[hops],
+            before=before[kept],
+            after=after[kept],
+            delay_s=self.delay_s[hops],
+            workflow=self.workflow[index],
+        )
+
+    def arriving(self, arrival_s: ArrayLike) -> Jobs:
+        """The same jobs, arriving at these times, seconds: (J,) in order, or one for all."""
+        times = np.broadcast_to(np.asarray(arrival_s, dtype=np.float64), self.arrival_s.shape)
+        return dataclasses.replace(self, arrival_s=np.ascontiguousarray(times))
+
+    @staticmethod
+    def merged(*parts: Jobs) -> Jobs:
+        """The jobs of all parts, in order of arrival; of two at once, that of the first part first."""
+        offsets = np.cumsum([0, *(part.num_hops for part in parts)])
+        arrival = np.concatenate([part.arrival_s for part in parts])
+        order = np.argsort(arrival, kind="stable")
+        together = Jobs.of(
+            np.zeros(len(arrival)),
+            np.concatenate([np.diff(part.first_hop) for part in parts]),
+            *(
+                np.concatenate([getattr(part, name) for part in parts])
+                for name in ("node", "prompt_tokens", "output_tokens")
+            ),
+            before=np.concatenate([p.before + n for p, n in zip(parts, offsets, strict=False)]),
+            after=np.concatenate([p.after + n for p, n in zip(parts, offsets, strict=False)]),
+            delay_s=np.concatenate([part.delay_s for part in parts]),
+            workflow=np.concatenate([part.workflow for part in parts]),
+        )
+        return together.take(order).arriving(arrival[order])
+
     def __post_init__(self) -> None:
         jobs, hops = len(self.arrival_s), self.num_hops
         if jobs == 0:
