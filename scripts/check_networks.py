@@ -116,7 +116,7 @@ def check_rybko_stolyar(seeds: int, quick: bool) -> None:
             )
             highest.append(float(result.backlog.max()))
             peaks = cycle_peaks(result)[:-1]  # the last cycle is not over
-            growth += [b / a for a, b in zip(peaks[-3:], peaks[-2:], strict=False) if a > 20_000]
+            growth += [b / a for a, b in zip(peaks[-3:], peaks[-2:], strict=False) if a > 50_000]
             inside.append(result.mean_jobs)
         ratio = interval(growth) if len(growth) > 2 else "no such peaks"
         print(

@@ -226,6 +226,25 @@ def test_disciplines_order_the_queue_of_other_schedulers():
     assert np.nanmax(two.job_latency_s) < np.nanmax(one.job_latency_s)
 
 
+def test_jobs_taken_and_merged():
+    network = networks.get("tool-calling")
+    jobs = network.draw(50, seed=1)
+    some = jobs.take([3, 10, 11])
+    assert np.diff(some.first_hop).tolist() == np.diff(jobs.first_hop)[[3, 10, 11]].tolist()
+    first = slice(jobs.first_hop[10], jobs.first_hop[11])
+    mine = slice(some.first_hop[1], some.first_hop[2])
+    for name in ("node", "prompt_tokens", "output_tokens", "delay_s"):
+        assert np.array_equal(getattr(some, name)[mine], getattr(jobs, name)[first])
+    assert len(some.before) == sum(np.diff(jobs.first_hop)[[3, 10, 11]] - 1)  # chains
+    whole = Jobs.merged(jobs.take(np.arange(0, 50, 2)), jobs.take(np.arange(1, 50, 2)))
+    for field in dataclasses.fields(Jobs):
+        if field.name not in ("before", "after"):
+            assert np.array_equal(getattr(whole, field.name), getattr(jobs, field.name)), field.name
+    edges = [sorted(zip(x.before.tolist(), x.after.tolist(), strict=True)) for x in (whole, jobs)]
+    assert edges[0] == edges[1]
+    assert Jobs.merged(jobs, some.arriving(0.0)).arrival_s[:3].tolist() == [0.0] * 3
+
+
 # ---------------------------------------------------------------------- loads
 
 

@@ -57,7 +57,9 @@ _ALL = (
         "left",
         summary="classes with the fewest hops to go first: unstable on the Rybko-Stolyar network",
     ),
-    Discipline("entry-first", Rule.DEPTH, summary="hops that the fewest hops of their program come before first"),
+    Discipline(
+        "entry-first", Rule.DEPTH, summary="hops with the fewest hops before them in their program first"
+    ),
     Discipline("oldest", Rule.OLDEST, summary="the program that arrived first comes first"),
     Discipline(
         "plas",
