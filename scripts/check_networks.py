@@ -154,7 +154,7 @@ def switch_factor(load: float, sizes: tuple[int, int], seed: int) -> float:
         horizon = 1.15 * size / (MU - rate)
         drawn = filled(network, size, horizon, seed, workflow=0)
         result = simulate_network(network, "exit-first", jobs=drawn, horizon_s=horizon, seed=seed)
-        most.append(float(inside_at(result, 1, np.arange(0.0, horizon, 1.0)).max()))
+        most.append(float(inside_at(result, 1, np.linspace(0.0, horizon, 20_000)).max()))
     return (most[1] - most[0]) / (sizes[1] - sizes[0])
 
 
@@ -207,7 +207,7 @@ def check_programs(seeds: int, quick: bool) -> None:
     for name in [*disciplines.names(), "plas:256", "atlas:1024"]:
         if name == "priority":
             continue
-        left = {}
+        left: dict[int, list[float]] = {}
         for m in sizes:
             left[m] = []
             for seed in range(seeds):

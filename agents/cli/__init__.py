@@ -12,7 +12,7 @@ from agents.cli.common import app
 
 # isort: off
 # They add their commands, in the order in which the help has them.
-from agents.cli import listing, measure, simulate, bench, stability, network, optimum, train, evaluate, tune  # noqa: F401, E501
+from agents.cli import listing, measure, simulate, bench, stability, network, optimum, train, evaluate, tune  # noqa: F401
 # isort: on
 
 

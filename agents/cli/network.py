@@ -126,8 +126,8 @@ def _print(network: Network, results: dict[str, NetworkResult]) -> None:
         for pool in loads(network)
     ]
     show_table("", ("pool", "nominal load", "calls/s", "tokens/s"), rows)
-    columns = ("discipline", "done", "jobs in system", "mean latency s", "p99 latency s", "peak backlog")
-    columns += ("final backlog", "busy")
+    columns = ["discipline", "done", "jobs in system", "mean latency s", "p99 latency s", "peak backlog"]
+    columns += ["final backlog", "busy"]
     table = []
     for name, result in results.items():
         m = result.metrics()
