@@ -16,7 +16,8 @@ rounds, few seeds, within 10 to 20 %).
 - jsq: two engines behind a router, (100, 100), backlog and its slope against theory; other routings with
   unequal requests.
 - acyclic: fork-join and tandem under FCFS, at loads of 0.95 and 1.05, on engines of the theory, where loads
-  are exact, begun with M jobs: the share of M that is in the system at the end.
+  are exact, begun with M jobs: the share of M that is in the system at the end, and by how many tokens the
+  work grows, calls still to come included.
 - speed: a million calls on one core.
 """
 
@@ -26,6 +27,7 @@ import argparse
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +48,7 @@ from llmsched_env.networks import (
     simulate_network,
 )
 from llmsched_env.networks.ready import CODELLAMA, unlimited
+from llmsched_env.networks.workflow import mean_of
 from llmsched_env.workloads.lengths import Fixed, Lengths, Lognormal, Uniform
 
 MU = 768 / 544  # long tasks that an engine serves in a unit of time
@@ -134,7 +137,7 @@ def filled(network: Network, jobs: int, horizon: float, seed: int, workflow: int
     return Jobs.merged(first.take(kept[:jobs]).arriving(0.0), coming)
 
 
-def inside_at(result: NetworkResult, kind: int, t: NDArray[np.float64]) -> NDArray[np.int64]:
+def inside_at(result: NetworkResult, kind: int, t: NDArray[Any]) -> NDArray[np.int64]:
     """Jobs of a workflow in the system at these times."""
     mine = result.jobs.workflow == kind
     finish = np.sort(np.nan_to_num(result.job_finish_s[mine], nan=np.inf))
@@ -230,18 +233,39 @@ def slope(result: NetworkResult) -> float:
     return float(np.polyfit(result.time_s[half:], result.backlog[half:].astype(np.float64), 1)[0] / 1000)
 
 
+def work_growth(result: NetworkResult, rate: float) -> float:
+    """Tokens for each millisecond by which the work of the jobs that are there grows, over the second half;
+    calls still to come are work as well. How far what arrived is off its mean is known, and taken out."""
+    jobs = result.jobs
+    tokens = jobs.prompt_tokens.astype(np.int64) + jobs.output_tokens - 1
+    came = np.repeat(jobs.arrival_s, np.diff(jobs.first_hop))
+    gone = np.nan_to_num(result.finish_s, nan=np.inf)
+    middle, end = 0.5 * result.end_s, result.end_s
+    work = [int(tokens[(came <= t) & (gone > t)].sum()) for t in (middle, end)]
+    arrived = int(tokens[came > middle].sum()) / (end - middle)
+    expected = rate * float(tokens.sum()) / len(jobs)
+    return ((work[1] - work[0]) / (end - middle) - (arrived - expected)) / 1000
+
+
 def check_jsq(seeds: int, quick: bool) -> None:
-    title("two engines, (100, 100), join the shortest queue: backlog at 60 s, slope over 60-120 s")
+    title("two engines, (100, 100), join the shortest queue: backlog at 60 s, its slope over 60-120 s")
     published = {0.9: "bounded, below 30 k tokens", 1.1: "0.67 tokens/ms"}
-    print(f"{'load':>5s} {'backlog at 60 s':>20s} {'slope tokens/ms':>22s} {'theory':>8s}  published")
+    print(
+        f"{'load':>5s} {'backlog at 60 s':>18s} {'slope tokens/ms':>20s} {'noise of arrivals out':>22s} "
+        f"{'theory':>7s}  published"
+    )
     for load in (0.9, 1.1, 1.2):
         network = networks.get("jsq", load=load)
+        rate = network.workflows[0].rate
         capacity = loads(network)[0].capacity_tokens_per_s / 1000
         runs = [simulate_network(network, horizon_s=120.0, seed=seed) for seed in range(seeds)]
-        at = [float(r.backlog[len(r.backlog) // 2]) for r in runs]
+        at = thousands([float(r.backlog[len(r.backlog) // 2]) for r in runs])
+        plain, clean = (interval(x) for x in ([slope(r) for r in runs], [work_growth(r, rate) for r in runs]))
+        if load < 1:
+            clean = ""
         print(
-            f"{load:5.2f} {thousands(at):>20s} {interval([slope(r) for r in runs]):>22s} "
-            f"{max(0.0, load - 1) * capacity:8.3f}  {published.get(load, '')}",
+            f"{load:5.2f} {at:>18s} {plain:>20s} {clean:>22s} {max(0.0, load - 1) * capacity:7.3f}  "
+            f"{published.get(load, '')}",
             flush=True,
         )
     title("the same engines, one with half the speed, requests of unequal size, load 0.9: mean latency s")
@@ -259,8 +283,9 @@ def check_jsq(seeds: int, quick: bool) -> None:
 # ---------------------------------------------------------------------- no cycles
 
 
-def acyclic() -> dict[str, Network]:
-    """Networks without cycles on engines of the theory."""
+def acyclic() -> dict[str, tuple[Network, Sequence[str]]]:
+    """Networks without cycles on engines of the theory; and the calls that a job has before it when it waits
+    where most do."""
     call = {
         "plan": Lengths(Lognormal(200, 0.5, 4096), Uniform(80, 320)),
         "work": Lengths(Lognormal(300, 0.7, 8192), Uniform(60, 400)),
@@ -276,20 +301,38 @@ def acyclic() -> dict[str, Network]:
         dataclasses.replace(node, pool=pool) for node, pool in zip(on_pool, ("a", "b", "c"), strict=True)
     ]
     return {
-        "tandem (disaggregation)": networks.get("disaggregation"),
-        "fork-join, three engines in a pool": Network(
-            "pool", stations, [Workflow("w", on_pool, edges)], [Pool("gpus", ["a", "b", "c"])]
+        "tandem (disaggregation)": (networks.get("disaggregation"), ["prefill", "decode"]),
+        "fork-join, three engines in a pool": (
+            Network("pool", stations, [Workflow("w", on_pool, edges)], [Pool("gpus", ["a", "b", "c"])]),
+            ["plan", "work", "write"],
         ),
-        "fork-join, an engine for each step": Network("apart", stations, [Workflow("w", apart, edges)]),
+        "fork-join, an engine for each step": (
+            Network("apart", stations, [Workflow("w", apart, edges)]),
+            ["work", "write"],
+        ),
     }
+
+
+def expected_growth(network: Network, ahead: Sequence[str]) -> float:
+    """Tokens for each millisecond by which work grows when jobs wait with these calls before them: those that
+    the busiest pool cannot take, with all that each of them brings."""
+    busiest = max(loads(network), key=lambda one: one.load)
+    (workflow,) = network.workflows
+    tokens = {
+        node.name: workflow.visits()[node.name]
+        * (mean_of(node.lengths.prompt) + mean_of(node.lengths.output) - 1)
+        for node in workflow.nodes
+    }
+    more = (1 - 1 / busiest.load) * workflow.rate
+    return more * sum(tokens[name] for name in ahead) / 1000
 
 
 def check_acyclic(seeds: int, quick: bool) -> None:
     sizes = (50, 200) if quick else (500, 2000)
     title("no cycles, FCFS, begun with M jobs: jobs in system at the end of 30 M / rate, for each of the M")
     heads = "".join(f"{f'M = {m}':>20s}" for m in sizes)
-    print(f"{'network':36s} {'load':>5s}{heads} {'slope tokens/ms':>22s} {'theory':>8s}  verdict")
-    for name, network in acyclic().items():
+    print(f"{'network':36s} {'load':>5s}{heads} {'growth of work/ms':>22s} {'theory':>8s}  verdict")
+    for name, (network, ahead) in acyclic().items():
         for load in (0.95, 1.05):
             at = network.at_load(load)
             rate = sum(workflow.rate for workflow in at.workflows)
@@ -301,13 +344,14 @@ def check_acyclic(seeds: int, quick: bool) -> None:
                     for seed in range(seeds)
                 ]
                 left.append([float(r.jobs_in_system[-1]) / m for r in runs])
-            over = max((1 - 1 / one.load) * one.tokens_per_s for one in loads(at)) / 1000
-            found = interval([slope(r) for r in runs]) if load > 1 else ""
+            found, theory = "", ""
+            if load > 1:
+                found = interval([work_growth(r, rate) for r in runs])
+                theory = f"{expected_growth(at, ahead):8.3f}"
             low, high = mean_interval(left[1])[1:]
             verdict = "stable" if high < 1 else "unstable" if low > 1 else "undecided"
             columns = "".join(f"{interval(x):>20s}" for x in left)
-            theory = f"{over:8.3f}" if load > 1 else " " * 8
-            print(f"{name:36s} {load:5.2f}{columns} {found:>22s} {theory}  {verdict}", flush=True)
+            print(f"{name:36s} {load:5.2f}{columns} {found:>22s} {theory:8s}  {verdict}", flush=True)
 
 
 # ---------------------------------------------------------------------- speed
@@ -351,10 +395,13 @@ SECTIONS: dict[str, Callable[[int, bool], None]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Networks of engines, recomputed.")
-    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="default: all")
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"{', '.join(SECTIONS)}; default: all")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--quick", action="store_true", help="shorter runs, to see that it works")
     arguments = parser.parse_args()
+    for name in arguments.sections:
+        if name not in SECTIONS:
+            parser.error(f"unknown section {name!r}; known: {', '.join(SECTIONS)}")
     for name in arguments.sections or SECTIONS:
         SECTIONS[name](arguments.seeds, arguments.quick)
 
