@@ -15,10 +15,9 @@ from __future__ import annotations
 
 from llmsched_env.core import queue
 from llmsched_env.core.compile import njit
-from llmsched_env.core.engine import grant
+from llmsched_env.core.engine import evict, grant
 from llmsched_env.core.facts import CHUNK, blocks_for, known_tokens
 from llmsched_env.core.state import Engine
-from llmsched_env.scheduling.routine import make_room
 
 
 @njit
@@ -149,15 +148,25 @@ def _serve(e: Engine, key: float, start: int, admitting: bool) -> bool:
 
 @njit
 def _grant_running(e: Engine, i: int, tokens: int) -> int:
-    """Grant tokens to the running request at index i, others being preempted from the end of the list if it
-    needs their blocks; returns the index of the one after it."""
-    s = e.s
-    running = s.num_running
-    i = make_room(e, i, tokens)
-    s.ordered -= running - s.num_running
-    if i < 0:
-        return -1 - i
-    grant(e, e.running[i], tokens)
+    """Grant tokens to the running request at index i; returns the index of the one after it.
+
+    If it finds no KV block, others are preempted from the end of the list, those left out that have tokens in
+    this plan; at last it goes itself.
+    """
+    s, running = e.s, e.running
+    q = e.req[running[i]]
+    need = max(0, blocks_for(e, max(q.computed + tokens, q.hold)) - q.blocks)
+    while s.free < need:
+        k = s.num_running - 1
+        while e.req[running[k]].granted > 0:
+            k -= 1
+        evict(e, running[k])
+        s.ordered -= 1
+        if k == i:
+            return i
+        if k < i:
+            i -= 1
+    grant(e, running[i], tokens)
     return i + 1
 
 
