@@ -1,7 +1,7 @@
 """Networks of engines, recomputed: python scripts/check_networks.py [SECTION ...] [--seeds 8] [--quick]
 
-Sections: rybko-stolyar, threshold, programs, jsq, acyclic, speed; all of them by default. Intervals are 95 %
-by Student's t over seeds. `published` are figures of Dai, Deng, Li and Peng (arXiv 2504.07347v3) as
+Sections: rybko-stolyar, threshold, programs, jsq, acyclic, agents, speed; all of them by default. Intervals
+are 95 % by Student's t over seeds. `published` are figures of Dai, Deng, Li and Peng (arXiv 2504.07347v3) as
 reproduced in adolgert/Concourse.jl; `sheet` is an earlier, independent simulation of the same models (unit
 rounds, few seeds, within 10 to 20 %).
 
@@ -18,6 +18,7 @@ rounds, few seeds, within 10 to 20 %).
 - acyclic: fork-join and tandem under FCFS, at loads of 0.95 and 1.05, on engines of the theory, where loads
   are exact, begun with M jobs: the share of M that is in the system at the end, and by how many tokens the
   work grows, calls still to come included.
+- agents: what program-level disciplines do for short and long programs, below and above capacity.
 - speed: a million calls on one core.
 """
 
@@ -33,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from baselines.intervals import mean_interval
-from llmsched_env import networks
+from llmsched_env import EngineConfig, networks
 from llmsched_env.networks import (
     Edge,
     Jobs,
@@ -354,6 +355,41 @@ def check_acyclic(seeds: int, quick: bool) -> None:
             print(f"{name:36s} {load:5.2f}{columns} {found:>22s} {theory:8s}  {verdict}", flush=True)
 
 
+# ---------------------------------------------------------------------- agents
+
+
+def check_agents(seeds: int, quick: bool) -> None:
+    title("chats and agents that call tools on two A100s, 32 calls at once each: latency of programs, s")
+    heads = "".join(f"{head:>17s}" for head in ("mean, chats", "mean, agents", "mean, all", "p99, all"))
+    print(f"{'load':>5s} {'discipline':14s}{heads}")
+    call = Lengths(Lognormal(300, 0.9, 4096), Lognormal(120, 0.8, 1024))
+    (agent,) = networks.get("tool-calling").workflows
+    flows = [
+        Workflow("chat", [Node("call", "gpus", call)], rate=3.0),
+        dataclasses.replace(agent, name="agent", rate=1.0),
+    ]
+    engine = EngineConfig(token_budget=2048, max_num_seqs=32)
+    stations = [Station(f"gpu-{i}", "a100-llama3-8b", engine) for i in (1, 2)]
+    network = Network("mixed", stations, flows, [Pool("gpus", ["gpu-1", "gpu-2"])])
+    for load in (0.8, 1.2):
+        for name in ("fcfs", "plas", "atlas", "oldest", "exit-first", "back-pressure"):
+            rows = []
+            for seed in range(seeds):
+                jobs = 500 if quick else 4000
+                result = simulate_network(network.at_load(load), name, jobs=jobs, seed=seed)
+                latency, kind = result.job_latency_s, result.jobs.workflow
+                rows.append(
+                    (
+                        latency[kind == 0].mean(),
+                        latency[kind == 1].mean(),
+                        latency.mean(),
+                        np.percentile(latency, 99),
+                    )
+                )
+            columns = "".join(f"{interval(column):>17s}" for column in zip(*rows, strict=True))
+            print(f"{load:5.2f} {name:14s}{columns}", flush=True)
+
+
 # ---------------------------------------------------------------------- speed
 
 
@@ -389,6 +425,7 @@ SECTIONS: dict[str, Callable[[int, bool], None]] = {
     "programs": check_programs,
     "jsq": check_jsq,
     "acyclic": check_acyclic,
+    "agents": check_agents,
     "speed": check_speed,
 }
 

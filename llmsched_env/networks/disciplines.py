@@ -4,6 +4,10 @@ Under all of them a station composes its iterations as Sarathi-Serve does, group
 (`scheduling.levels`): the group that comes first takes its tokens first. A station with a scheduler of its
 own keeps to that; all but `max-weight` and `back-pressure`, which order classes anew in each iteration, then
 give it the order of its queue.
+
+Of Autellix (arXiv 2502.13965) `plas` and `atlas` have the two notions of attained service, counted in tokens
+computed. That levels double, and that a call falls to the next while it is served, is a choice of this
+package; the promotion of those that wait long is left out.
 """
 
 from __future__ import annotations
