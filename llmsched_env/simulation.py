@@ -188,7 +188,7 @@ class Backlog:
 
         0  requests whose prefill is not complete
         1  prefill tokens
-        2  twice the context that the attention of those reads: t^2 - c^2 of t known tokens, c of them computed
+        2  twice the context that the attention of those reads: t^2 - c^2 of t known tokens, c computed
         3  output tokens
         4  KV token-iterations: the tokens that a request holds, summed over its iterations to come
 
@@ -266,8 +266,8 @@ def watch(
 
 @njit
 def _add_arrivals(req: Any, begin: int, until: float, total: Any) -> int:
-    """Add the work of the requests from `begin` on that arrive up to `until` (s) to the five sums; returns the
-    first that does not."""
+    """Add the work of the requests from `begin` on that arrive up to `until` (s) to the five sums; returns
+    the first that does not."""
     r = begin
     while r < len(req) and req[r].arrival <= until:
         q = req[r]
