@@ -65,6 +65,8 @@ def test_kinds_of_limits() -> None:
     # Few slots: batches of different numbers of tokens could be mixed.
     assert limit(m, DAI, engine.replace(max_num_seqs=2048)).kind == "exact"
     assert limit(m, DAI, engine).kind == "estimate"
+    short = workloads.get("fixed-500-50").moments()
+    assert limit(short, DAI, EngineConfig(token_budget=512, max_num_seqs=256)).kind == "bound"
 
 
 def test_memory() -> None:

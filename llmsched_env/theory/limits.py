@@ -75,9 +75,11 @@ class Limit:
         kv_rps: as KV memory allows; inf where that has no limit.
         tokens: of the batch at the smaller of the two, and how long it takes.
         iteration_s: see `tokens`.
-        kind: "exact": Theorem 2 applies to the letter, so that every work-conserving scheduler is stable up
-            to here. "bound": no scheduler is stable above; whether one is up to here is open. "estimate": a
-            fixed point at the mean batch, which a scheduler that mixes unlike batches may pass.
+        kind: "exact": Theorem 2 applies, so that every work-conserving scheduler is stable up to here: time
+            depends on the tokens of a batch alone, memory is not what limits it, nor are slots, of which
+            there are as many as a batch may have tokens. "bound": no scheduler is stable above; whether one
+            is up to here is open. "estimate": a fixed point at the mean batch, which a scheduler that mixes
+            unlike batches may pass.
     """
 
     compute_rps: float
@@ -156,16 +158,16 @@ def limit(moments: Moments, profile: Profile, engine: EngineConfig) -> Limit:
 
     by_compute, by_memory = best(compute), best(memory)
     rate, share, seconds = min(by_compute, by_memory)
-    plain = profile.cpu_s_per_request == 0
     kind = "bound" if profile.form in _CONVEX else "estimate"
-    if profile.form in _TOKENS_ONLY and plain and rate == best(budget)[0]:
-        kind = "exact"
+    if profile.form in _TOKENS_ONLY and profile.cpu_s_per_request == 0 and rate == best(budget)[0]:
+        capped = engine.max_num_seqs is not None and engine.max_num_seqs < (engine.token_budget or 0)
+        kind = "bound" if capped else "exact"
     return Limit(by_compute[0], by_memory[0], share * work, seconds, kind)
 
 
 def prices(moments: Moments, profile: Profile, engine: EngineConfig) -> NDArray[np.float64]:
-    """(5,) what the engine's time at the limit goes to, in seconds: for each request, prefill token, square of
-    a prompt's length, output token, and KV token-iteration (the five means of `Moments`, after the count).
+    """(5,) what the engine's time at the limit goes to, in seconds: for each request, prefill token, square
+    of a prompt's length, output token, and KV token-iteration (means in `Moments`, but for the first).
 
     They are the derivatives of the time that a request takes at the limit, 1 / `limit`, and add up to it over
     the mean request. So requests of all sizes are measured in the time that they cost, in whatever order they
