@@ -712,6 +712,7 @@ def test_a_graph_that_cannot_be_captured(monkeypatch, error):
         cuda.graph(step)
     assert device.out_of_memory(raised.value) == isinstance(error, torch.cuda.OutOfMemoryError)
     assert gpu.current is gpu.first
+    assert device.cause(raised.value) is error  # and that is what is told
     cuda.graph(lambda: None)()
 
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from llmsched_env.errors import InputError
-from llmsched_env.measure.device import Device, out_of_memory, warm
+from llmsched_env.measure.device import Device, cause, out_of_memory, warm
 
 USES = ("decode", "prefill", "chunk")
 """One new token; new tokens with nothing before them; new tokens behind a context."""
@@ -252,7 +252,8 @@ def choose(
             except Exception as error:  # what a kernel cannot do it says in its own way
                 if out_of_memory(error):
                     on.release()
-                notes[use][name] = " ".join(str(error).split())[:120] or type(error).__name__
+                first = cause(error)
+                notes[use][name] = " ".join(str(first).split())[:120] or type(first).__name__
         if not seconds:
             why = "; ".join(f"{name}: {note}" for name, note in notes[use].items())
             raise InputError(f"no kernel of PyTorch {torch.__version__} does attention of a {use}: {why}")

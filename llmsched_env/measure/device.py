@@ -227,6 +227,13 @@ def out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+def cause(error: BaseException) -> BaseException:
+    """What went wrong: the exception itself, or the one before it where capturing a graph failed because of
+    that."""
+    before = error.__cause__ or error.__context__
+    return cause(before) if isinstance(before, Exception) and "capture" in str(error) else error
+
+
 def short_name(name: str, memory_gib: float | None = None) -> str:
     """A GPU's name as `profiles.roofline.GPUS` has it, where it is one of them; the name itself otherwise,
     and of those of the same name for another socket, with other memory, or of a part of one.

@@ -449,4 +449,7 @@ def _now() -> str:
 
 
 def _first_line(error: BaseException) -> str:
+    from llmsched_env.measure.device import cause
+
+    error = cause(error)
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
