@@ -165,6 +165,11 @@ def ask(profile: str, setup: Setup, pool: ThreadPoolExecutor, count: Any) -> Ans
             result = simulate(requests, baselines.get(name), cost, engine, seed=seed, oversized="drop")
             found = result.metrics(**targets)
             count()
+            if np.isnan(found["latency"]["mean"]):
+                raise InputError(
+                    f"{profile}: {name} can serve no request of {setup.workload} with its KV cache; give "
+                    "larger --kv-tokens"
+                )
             in_time = found["goodput_rps"] / found["throughput_rps"]
             return {"latency": found["latency"]["mean"], "goodput": 1 - in_time}
 

@@ -123,6 +123,7 @@ def test_a_measured_profile_can_be_compared(script, tmp_path, capsys):
         (["--profiles", "a100-llama3-8b"], "give at least two --profiles"),
         (["--profiles", "a100-llama3-8b,a100-lama3-8b"], "did you mean 'a100-llama3-8b'"),
         (["--kv-tokens", "3"], "must be at least 16 each"),
+        ([*QUICK, "--profiles", TWO, "--kv-tokens", "16"], "can serve no request of azure-conv with its KV"),
         (["--kv-tokens", "many"], "'many' is no list of whole numbers"),
         (["--load", "0"], "loads must be above 0"),
         (["--workload", "azure-con"], "did you mean 'azure-conv'"),
