@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from typing import Any
 
@@ -95,6 +96,61 @@ def test_discounted_rewards_are_those_of_continuous_time(skip: bool) -> None:
         return float((np.exp(-rate * arrival) - np.exp(-rate * finish)).sum() / rate)
 
     assert found == pytest.approx(-(area(0.0, first) + area(first, np.inf)) / env._lanes.problem.unit())
+
+
+@pytest.mark.parametrize("objective", ["jobs", "latency"])
+def test_what_is_not_done_at_the_horizon_counts(objective: str) -> None:
+    """Also the time between the last event and the horizon; both objectives come to the same."""
+    env = make(horizon_s=1000.0, load=1.5, objective=objective)
+    jobs = env.network.draw(30, seed=1)
+    rewards, _, _ = play(env, by_order([1, 3, 0, 2]), options={"jobs": jobs})
+    g, job = env._lanes.made[0].g[0], env._lanes.made[0].job
+    there = np.where(np.isnan(job["finish"]), 1000.0, job["finish"]) - job["arrival"]
+    assert float(g["area"]) == pytest.approx(there.sum())
+    assert sum(rewards) * env._lanes.problem.unit() == pytest.approx(-there.sum())
+    cut = make(horizon_s=100.0, load=1.5, objective=objective)
+    total = sum(play(cut, by_order([1, 3, 0, 2]), options={"seed": 2})[0])
+    assert cut._lanes.made[0].g[0]["jobs_in"] > 50
+    assert total * cut._lanes.problem.unit() == pytest.approx(-float(cut._lanes.made[0].g[0]["area"]))
+
+
+def test_answers_are_cut_as_in_simulate_network() -> None:
+    plain = networks.get("jsq")
+    station = dataclasses.replace(plain.stations[0].engine, max_model_len=120)
+    stations = [dataclasses.replace(one, engine=station) for one in plain.stations]
+    short = dataclasses.replace(plain, stations=stations)
+    env = make(network=short, num_jobs=50, route=False)
+    _, _, metrics = play(env, by_order([0]), options={"seed": 0})
+    found = simulate_network(env.network, jobs=env.jobs_of(0))
+    assert metrics["latency_s"] == pytest.approx(found.job_latency_s.mean())
+    whole = simulate_network(plain, jobs=env.jobs_of(0))
+    assert found.job_latency_s.mean() < 0.9 * whole.job_latency_s.mean()
+
+
+@pytest.mark.parametrize("mode", ["next-step", "same-step", "disabled"])
+def test_an_episode_without_decisions_ends_with_the_first_action(mode: str) -> None:
+    late = networks.Jobs.of([500.0], 1, 0, 10, 10)
+    vec = make_vec(2, horizon_s=100.0, autoreset_mode=mode)
+    vec.reset(seed=0, options={"jobs": late})
+    _, rewards, terminated, truncated, info = vec.step([0, 0])
+    assert truncated.all() and not terminated.any() and not rewards.any()
+    metrics = info["final_info"]["metrics"] if mode == "same-step" else info["metrics"]
+    assert metrics["decisions"].tolist() == [1, 1] and metrics["arrived"].tolist() == [0, 0]
+    _, _, terminated, truncated, _ = vec.step([0, 0])
+    assert truncated.all() == (mode == "disabled")
+
+
+def test_after_an_error_a_reset_is_needed() -> None:
+    vec = make_vec(3, horizon_s=30.0)
+    vec.reset(seed=0)
+    vec._lanes.made[1].g["error"] = 4
+    with pytest.raises(InputError, match="no token came out"):
+        for _ in range(200):
+            vec.step([0, 0, 0])
+    with pytest.raises(gym.error.ResetNeeded):
+        vec.step([0, 0, 0])
+    vec.reset(seed=0)
+    vec.step([0, 0, 0])
 
 
 def test_vectorised_it_is_each_with_its_seed() -> None:
@@ -249,6 +305,9 @@ def test_an_episode_can_be_cut_and_pictured() -> None:
         ({"objectiv": "jobs"}, "did you mean 'objective'"),
         ({"objective": "job"}, "did you mean 'jobs'"),
         ({"load": -1.0}, "load"),
+        ({"load": 1e9}, "load"),
+        ({"horizon_s": 0.5}, "jobs arrive in the mean"),
+        ({"horizon_s": True}, "horizon_s"),
         ({"num_jobs": 0}, "num_jobs"),
         ({"horizon_s": float("nan")}, "horizon_s"),
         ({"discount_rate": -1}, "discount_rate"),
@@ -268,6 +327,8 @@ def test_misuse_is_named() -> None:
         env.reset(options={"laod": 0.5})
     with pytest.raises(InputError, match="give one of them"):
         env.reset(options={"seed": 1, "jobs": env.jobs_of(0)})
+    with pytest.raises(InputError, match="4 classes and 2 workflows"):
+        env.reset(options={"jobs": networks.Jobs.of([0.0], 1, 7, 10, 10)})
     env.reset(seed=0)
     with pytest.raises(InputError):
         env.step(0.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -41,8 +42,9 @@ class NetworkOptions:
     Attributes:
         observation: "dict", a Box for each part, or "flat", one Box with all of them behind each other.
         objective: "jobs": minus the jobs in the system, over time, so that the return is minus the sum of
-            their latencies (Little's law); "latency": minus each job's latency when it is done; "backlog":
-            minus the tokens left at the stations, over time.
+            their latencies (Little's law); "latency": minus each job's latency when it is done, and of those
+            that are not when the episode is cut, the time up to then; "backlog": minus the tokens left at the
+            stations, over time.
         work_conserving: whether a plan can only be run when no other class can be given tokens in it.
         skip_forced: whether states in which only one action is legal are passed through without asking.
         route: whether in pools of several stations it is asked where each hop goes; if not, the pool's own
@@ -73,10 +75,20 @@ class NetworkOptions:
         for name in ("work_conserving", "skip_forced", "route"):
             if not isinstance(getattr(self, name), bool | np.bool_):
                 raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if not (isinstance(self.discount_rate, int | float) and 0 <= self.discount_rate < np.inf):
-            raise InputError(f"discount_rate must be a rate >= 0 in 1/s, not {self.discount_rate!r}")
+        if self.discount_rate != 0:
+            _number("discount_rate", self.discount_rate, "a rate >= 0 in 1/s")
         if self.max_steps is not None and not (whole(self.max_steps) and self.max_steps >= 1):
             raise InputError(f"max_steps must be a whole number from 1, not {self.max_steps!r}")
+
+
+def _number(name: str, value: Any, what: str, most: float = np.inf) -> float:
+    """A positive, finite number of at most `most`."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
+        raise InputError(f"{name} must be {what}, not {value!r}")
+    number = float(value)
+    if not 0 < number <= most or number == np.inf:
+        raise InputError(f"{name} must be {what}, not {value!r}")
+    return number
 
 
 class AgentNetworkEnv(gym.Env[Any, Any]):
@@ -97,7 +109,7 @@ class AgentNetworkEnv(gym.Env[Any, Any]):
 
     **Reward.** `objective`, divided by what it would be if every job of the episode took the time that a job
     takes in the mean if it has the network to itself: returns are minus the mean latency in these units
-    ("jobs", "latency"), or minus the mean backlog in jobs ("backlog").
+    ("jobs", "latency"); "backlog" counts tokens for jobs, divided by those of a mean job.
 
     **Episode end.** With a horizon, the episode is cut (truncated) there; with a number of jobs, it ends
     (terminates) when all are done.
@@ -202,7 +214,11 @@ class AgentNetworkEnv(gym.Env[Any, Any]):
             raise gym.error.ResetNeeded("call reset before the first step")
         take_actions(np.reshape(action, (1,)) if np.ndim(action) == 0 else action, self._action)
         dynamics.step_networks(self._lanes.table, self._action, self._out, 0, 1)
-        self._lanes.check(np.zeros(1, np.int64))
+        try:
+            self._lanes.check(np.zeros(1, np.int64))
+        except InputError:
+            self._begun = False  # nothing comes of this episode any more
+            raise
         self._note()
         reward, dt, terminated, truncated = self._out[:, 0].tolist()
         info: dict[str, Any] = {"action_mask": self._lanes.mask[0].copy(), "dt": dt}
@@ -416,10 +432,15 @@ class AgentNetworkVectorEnv(NativeVectorEnv):
         if events or were.any():
             np.not_equal(out[2:], 0.0, out=self._flags)
             over: NDArray[np.bool_] = np.logical_or(*self._flags)
-            more = self._after(over & ~were)
+            try:
+                more = self._after(over & ~were)
+                if mode is AutoresetMode.NEXT_STEP and were.any():
+                    self._begin(self._draw(lanes.problem, were))
+            except InputError:
+                self._begun = False  # nothing comes of these episodes any more
+                raise
             self._over = over
             if mode is AutoresetMode.NEXT_STEP and were.any():
-                self._begin(self._draw(lanes.problem, were))
                 out[2:, were] = 0.0
                 out[1, were] = lanes.lane["dt"][were]
                 self._flags[:, were] = False
@@ -479,6 +500,7 @@ class AgentNetworkVectorEnv(NativeVectorEnv):
         return self._lanes.problem.jobs(seed)
 
 
+_MOST_LOAD, _FEWEST = 100.0, 10  # and jobs that arrive in the mean: with fewer there are none at times
 _JOBS = 1000  # that arrive in an episode in the mean, unless it is said how many
 _SAMPLE = 20_000  # jobs behind the means that rewards and observations are measured by
 _ALONE, _FAR_APART = 100, 1e6  # jobs, and seconds between them, so that each has the network to itself
@@ -490,7 +512,7 @@ class _Problem:
     Attributes:
         network: at the load that holds. horizon_s: seconds; inf with a number of jobs. num_jobs: or None.
         stations, classes: names. routes: stations of the largest pool that has several; 0: there is none.
-        time_scale_s: that a job takes if it has the network to itself, in the mean. tokens_per_job: likewise.
+        time_scale_s: that a job takes if it has the network to itself, in the mean. tokens_per_job: the mean.
     """
 
     def __init__(
@@ -500,8 +522,10 @@ class _Problem:
             raise InputError(
                 "horizon_s and num_jobs are two ways to say how long an episode is; give one of them"
             )
-        if horizon_s is not None and not (isinstance(horizon_s, int | float) and 0 < horizon_s < np.inf):
-            raise InputError(f"horizon_s must be positive seconds, not {horizon_s!r}")
+        if horizon_s is not None:
+            horizon_s = _number("horizon_s", horizon_s, "positive seconds")
+        if load is not None:
+            load = _number("load", load, f"a share from 0 to {_MOST_LOAD}, above 0", _MOST_LOAD)
         if num_jobs is not None and not (whole(num_jobs) and num_jobs >= 1):
             raise InputError(f"num_jobs must be a whole number from 1, not {num_jobs!r}")
         self._settings = {"load": load, "horizon_s": horizon_s, "num_jobs": num_jobs}
@@ -522,9 +546,15 @@ class _Problem:
         self.num_jobs = None if num_jobs is None else int(num_jobs)
         self.horizon_s = np.inf
         if num_jobs is None:
-            self.horizon_s = _JOBS / self._rate if horizon_s is None else float(horizon_s)
+            self.horizon_s = _JOBS / self._rate if horizon_s is None else horizon_s
+            if self._rate * self.horizon_s < _FEWEST:
+                raise InputError(
+                    f"horizon_s: in {self.horizon_s:g} s {self._rate * self.horizon_s:.3g} jobs arrive in the "
+                    f"mean; take at least {_FEWEST / self._rate:.4g} s, or num_jobs"
+                )
         sample = network.draw(_SAMPLE, seed=0)
         self._template = prepare(network, "max-weight", jobs=sample, known=self._loads)
+        self._uncut = bool((self._template.spec.stop_tokens == sample.output_tokens).all())
         tokens = sample.prompt_tokens.astype(np.float64) + sample.output_tokens - 1
         self.tokens_per_job = float(tokens.sum() / _SAMPLE)
         self._longest = _longest(sample, len(self.classes))
@@ -547,11 +577,11 @@ class _Problem:
 
     def changed(self, asked: dict[str, Any]) -> _Problem:
         """With other settings; itself if there are none."""
-        if not asked:
-            return self
         settings = {**self._settings, **asked}
         if len({"horizon_s", "num_jobs"} & {*asked}) == 1:  # takes the place of the other
             settings["num_jobs" if "horizon_s" in asked else "horizon_s"] = None
+        if settings == self._settings:
+            return self
         return _Problem(self._base, **settings)
 
     def unit(self) -> float:
@@ -566,7 +596,14 @@ class _Problem:
     def lay_out(self, jobs: Jobs, options: NetworkOptions, seed: int = 0) -> Prepared:
         """An episode with these jobs, every decision to be made from outside."""
         template = self._template.spec
-        if (_longest(jobs, len(self.classes)) <= self._longest).all():  # they fit as those do
+        known = len(self.classes), len(self.network.workflows)
+        if jobs.node.max() >= known[0] or jobs.workflow.max() >= known[1]:
+            raise InputError(
+                f"jobs have hops of class {int(jobs.node.max())} of workflow {int(jobs.workflow.max())}; "
+                f"network {self.network.name} has {known[0]} classes and {known[1]} workflows"
+            )
+        # They fit as those do.
+        if self._uncut and (_longest(jobs, len(self.classes)) <= self._longest).all():
             priorities = np.array([node.priority for _, node in self.network.classes], np.int32)
             made = dataclasses.replace(self._template, jobs=jobs, seed=seed)
             ends = jobs.output_tokens
@@ -678,12 +715,6 @@ class _Lanes:
         record["unit"] = problem.unit() * (problem.tokens_per_job if backlog else 1.0)
         self._jobs[i] = prepared.jobs
         self._lay(i, prepared.spec)
-        if (
-            record["ask"] == OVER
-        ):  # nothing can be decided in this episode: one decision at least is asked for
-            record["skip_forced"] = False
-            self._lay(i, prepared.spec)
-            record["skip_forced"] = True
 
     def _lay(self, i: int, spec: NetSpec) -> None:
         """Lay an episode out, and go on to its first decision."""

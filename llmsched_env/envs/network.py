@@ -399,6 +399,16 @@ def _go_on(env: NetEnv) -> None:
         v.ask = OVER
         v.truncated = 1 if outcome != loop.DONE or v.horizon < np.inf else 0
         v.terminated = 1 - v.truncated
+        if v.truncated == 1:
+            _cut(env)
+
+
+@njit
+def _cut(env: NetEnv) -> None:
+    """The episode is cut: jobs that are not done have been there, too."""
+    g, v = env.net.g, env.v
+    if v.objective == _LATENCY:
+        v.reward -= v.factor * (g.area - g.latency) / v.unit
 
 
 @njit
@@ -475,6 +485,12 @@ def step_networks(table, actions, out, first: int, stop: int) -> int:  # type: i
         v = env.v
         if v.ask == OVER:
             out[0, lane] = out[1, lane] = 0.0
+            if v.steps == 0:  # nothing is decided in this episode: the first action ends it
+                v.steps = 1
+                out[0, lane] = v.total
+                out[2, lane] = v.terminated
+                out[3, lane] = v.truncated
+                ended += 1
             continue
         before = v.total if v.steps == 0 else 0.0
         _begin_step(v)
@@ -487,12 +503,13 @@ def step_networks(table, actions, out, first: int, stop: int) -> int:  # type: i
         v.steps += 1
         _act(env, action)
         _settle(env)
-        v.total += v.reward
         if 0 < v.max_steps <= v.steps and v.ask != OVER:
             v.ask = OVER
             v.truncated = 1
+            _cut(env)
             for i in range(len(env.mask)):
                 env.mask[i] = 1
+        v.total += v.reward
         out[0, lane] = v.reward + before
         out[1, lane] = v.dt
         out[2, lane] = v.terminated

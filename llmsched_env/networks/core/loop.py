@@ -322,6 +322,8 @@ def advance_by(net: Net, horizon: float, most: int, decide: Callable[[Engine], N
     while outcome < 0:
         if g.error != 0:
             outcome = ERROR
+        elif g.phase == _WAIT and g.events >= last:
+            outcome = MORE
         elif g.phase == _WAIT:
             t = next_event(net)
             if t > horizon or t == np.inf:
@@ -334,8 +336,6 @@ def advance_by(net: Net, horizon: float, most: int, decide: Callable[[Engine], N
                     outcome = HORIZON
                 if horizon < np.inf:
                     pass_time(net, max(horizon, g.clock), True)
-            elif g.events >= last:
-                outcome = MORE
             else:
                 pass_time(net, t, False)
                 happen(net, t)
