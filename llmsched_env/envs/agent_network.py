@@ -549,8 +549,8 @@ class _Problem:
             self.horizon_s = _JOBS / self._rate if horizon_s is None else horizon_s
             if self._rate * self.horizon_s < _FEWEST:
                 raise InputError(
-                    f"horizon_s: in {self.horizon_s:g} s {self._rate * self.horizon_s:.3g} jobs arrive in the "
-                    f"mean; take at least {_FEWEST / self._rate:.4g} s, or num_jobs"
+                    f"horizon_s: in {self.horizon_s:g} s {self._rate * self.horizon_s:.3g} jobs arrive in "
+                    f"the mean; take at least {_FEWEST / self._rate:.4g} s, or num_jobs"
                 )
         sample = network.draw(_SAMPLE, seed=0)
         self._template = prepare(network, "max-weight", jobs=sample, known=self._loads)
