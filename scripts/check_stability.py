@@ -155,7 +155,8 @@ class Part:
         }
         self.found["locked"] = sorted(locked)
         print(
-            f"Sarathi-128 locks into batches of 29 prefill and 99 decode tokens [CJ, SQ]; ours: {sorted(locked)}"
+            "Sarathi-128 locks into batches of 29 prefill and 99 decode tokens [CJ, SQ]; "
+            f"ours: {sorted(locked)}"
         )
 
     def theorem2(self) -> None:
