@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 STARTS = ("filled", "empty")
 STABLE, UNSTABLE, UNDECIDED = "stable", "unstable", "undecided"
 
+_MOST_FIRST = 8  # times the requests asked for, in a first look
 _SAMPLE = 2**16  # requests by which the share of those that can be served is known
 _DRAINED = 0.5  # of the first backlog: from here on what is left might be what there always is
 # Slope over the second half of a run, by least squares, of the mean of a critical random walk that is kept
@@ -309,10 +310,12 @@ class Case:
         return drawn if kept.all() else drawn.take(np.flatnonzero(kept))
 
     def least_requests(self, procedure: Procedure) -> int:
-        """Arrivals of a first look: so many that what waits at first is twice what decodes together."""
+        """Arrivals of a first look: so many that what waits at first is twice what decodes together, as far
+        as that is within reason."""
         share = (self.moments.output - 1) / (self.moments.prompt + self.moments.output - 1)
         decoding = self.limit.tokens * share
-        return max(procedure.requests, math.ceil(2 * decoding / procedure.fill))
+        wanted = math.ceil(2 * decoding / procedure.fill)
+        return max(procedure.requests, min(wanted, _MOST_FIRST * procedure.requests))
 
     def run(self, rate: float, procedure: Procedure, num_requests: int, seed: int) -> Backlog:
         """The backlog of one run of so many arrivals."""
