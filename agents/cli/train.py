@@ -83,7 +83,9 @@ def train(
             return _train_all(settled, _numbers(seeds), run or _folder(settled), where, as_json)
         folder = run or _folder(settled).with_name(f"{_folder(settled).name}-{settled.seed}")
     if not as_json:
-        print(f"{folder}: {settled.steps:,} decisions of {settled.scenario} in {settled.env}", flush=True)
+        print(f"{folder}: {settled.steps:,} decisions of {settled.scenario} in {settled.env}")
+        taught = f", {settled.teacher} to be imitated" if settled.teacher else ""
+        print(f"first: code to be compiled (a minute or two, once){taught}, a validation", flush=True)
     with _bar(settled, as_json) as show:
         try:
             done = (

@@ -21,7 +21,7 @@ from llmsched_env.envs.native import NativeVectorEnv
 from llmsched_env.envs.network import LANE, OVER, Objective
 from llmsched_env.envs.options import whole
 from llmsched_env.errors import InputError, unknown
-from llmsched_env.networks import Jobs, Network
+from llmsched_env.networks import TOKEN_LEVEL, Jobs, Network
 from llmsched_env.networks.core.assemble import NetSpec, make_networks
 from llmsched_env.networks.core.state import Routing
 from llmsched_env.networks.load import loads
@@ -137,7 +137,7 @@ class AgentNetworkEnv(gym.Env[Any, Any]):
     ) -> None:
         """
         Args:
-            network: its name, JSON file, or itself.
+            network: its name, JSON file, or itself. Schedulers of its stations decide nothing here.
             load: share of the capacity of its busiest station that arrives; None: as the network has it.
             horizon_s: seconds after which an episode is cut; None: in which 1000 jobs arrive in the mean,
                 unless `num_jobs` says when it ends.
@@ -573,7 +573,10 @@ class _Problem:
         network: str | Network, load: float | None, horizon_s: float | None, num_jobs: int | None
     ) -> _Problem:
         """The problem of a network, or of the one with a name or in a JSON file."""
-        return _Problem(networks.get(network), load, horizon_s, num_jobs)
+        found = networks.get(
+            network, schedulers=lambda name: TOKEN_LEVEL
+        )  # a file's; whoever acts decides here
+        return _Problem(found, load, horizon_s, num_jobs)
 
     def changed(self, asked: dict[str, Any]) -> _Problem:
         """With other settings; itself if there are none."""

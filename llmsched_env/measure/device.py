@@ -78,6 +78,7 @@ class Cpu(Device):
 
     def __init__(self) -> None:
         self.torch = torch.device("cpu")
+        torch.set_num_threads(1)  # several wait for each other where the machine has other work to do
 
     def facts(self) -> dict[str, Any]:
         return {
