@@ -146,10 +146,8 @@ def _print(network: Network, results: dict[str, NetworkResult]) -> None:
         )
     show_table("", columns, table)
     ends = sorted({f"{result.end_s:,.1f}" for result in results.values()})
-    show(
-        f"after {' / '.join(ends)} s; backlogs in tokens, latencies of the programs that are done; busy: share"
-    )
-    show("of the time in which a batch ran, be it small; load: tokens, as a share of what full batches serve")
+    show(f"after {' / '.join(ends)} s; backlogs in tokens, latencies of the programs that are done")
+    show("busy: time in which a batch ran, be it small; load: tokens, as a share of what full batches serve")
     if max(pool.load for pool in loads(network)) >= 1.0:
         show("a pool has a nominal load of 1 or more: what waits grows for as long as programs come")
 
