@@ -84,7 +84,6 @@ class Procedure:
         growth: likewise of runs that begin empty, whose backlog fluctuates more.
         tolerance: the search ends when stable and unstable rates are as near as that, relatively.
         most_tests: of a search.
-        most_undecided: of these; then it ends with what it has. They take longest.
         samples: of the backlog in a run.
     """
 
@@ -98,13 +97,12 @@ class Procedure:
     growth: float = 0.01
     tolerance: float = 0.01
     most_tests: int = 16
-    most_undecided: int = 3
     samples: int = 128
 
     def __post_init__(self) -> None:
         if self.start not in STARTS:
             raise unknown("start", self.start, STARTS)
-        least = {"seeds": 2, "requests": 100, "looks": 1, "most_tests": 2, "most_undecided": 1, "samples": 16}
+        least = {"seeds": 2, "requests": 100, "looks": 1, "most_tests": 2, "samples": 16}
         for name, smallest in least.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
@@ -533,8 +531,6 @@ def search(
             break
         if high <= 1e-3 * case.limit.rps:  # nothing is stable
             break
-        if low > 0 and high < math.inf and len(tests) - len(stable) - len(unstable) >= p.most_undecided:
-            break
         rate = _next_rate(tests, low, high, case.tokens, p.tolerance)
         if math.isnan(rate):
             break
@@ -558,26 +554,29 @@ def _next_rate(tests: Sequence[Verdict], low: float, high: float, tokens: float,
     root, least = _root(tests, tokens), 0.9e-3 * tests[0].limit_rps
     if root < least:
         return max(least, 0.5 * low)
-    undecided = [t.rate for t in tests if t.verdict == UNDECIDED]
-    bottom, top = min(undecided, default=math.inf), max(undecided, default=0.0)
-    # Off the root by so little that both verdicts end the search, on the side about which less is known;
-    # where that was undecided, further and further off.
-    below_first = low < root * (1 - tolerance) or high <= root * (1 + tolerance)
-    for sign in (-1, 1) if below_first else (1, -1):
-        for k in range(7):
-            rate = root * (1 + sign * 0.4 * 2**k * tolerance)
-            tried = bottom * (1 - 0.25 * tolerance) < rate < top * (1 + 0.25 * tolerance)
-            if low < rate < high and not tried:
-                return rate
-            if not low < rate < high:
-                break
-    bottom, top = min(bottom, high), max(top, low)
-    begin, end = max(((low, bottom), (top, high)), key=lambda gap: gap[1] - gap[0])
-    if end == math.inf:
-        return 1.3 * max(begin, root)
-    if end - begin <= 0.25 * tolerance * end:
-        return math.nan
-    return max(0.5 * (begin + end), least)
+    # Off the root by so little that both verdicts end the search; but where tests were undecided, by so much
+    # that the drift, which is about the distance, stands out of the noise that they had.
+    undecided = [t for t in tests if t.verdict == UNDECIDED]
+    noise = min((0.5 * (t.drift.high - t.drift.low) / t.offered for t in undecided), default=0.0)
+    off = max(0.4 * tolerance, 1.5 * noise)
+    bottom = min((t.rate for t in undecided), default=math.inf)
+    top = max((t.rate for t in undecided), default=0.0)
+    below, above = root * (1 - off), root * (1 + (1.5 if noise else 1) * off)  # growth has to show twice
+    while below > bottom * (1 - 0.25 * tolerance):
+        below -= 0.5 * off * root
+    while above < top * (1 + 0.25 * tolerance):
+        above += 0.5 * off * root
+    missing = []  # how far the bounds are from where they could be
+    if low < below < high:
+        missing.append((below / max(low, least), below))
+    if low < above < high:
+        missing.append((min(high, 1e9) / above, above))
+    if missing:
+        gap, rate = max(missing)
+        return rate if gap > 1 + max(0.25 * tolerance, off) or not noise else math.nan
+    if high == math.inf:
+        return 1.3 * max(low, root)
+    return math.nan if noise else 0.5 * (low + high)
 
 
 # ---------------------------------------------------------------------- reports

@@ -21,6 +21,7 @@ formula; [SIM] an independent simulation with few seeds, good to 10 or 20 %.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -309,14 +310,7 @@ class Part:
         names = o.schedulers or [name for name in baselines.names() if not name.startswith("dai-")]
         kinds = o.workloads or workloads.names()
         path: Path | None = o.json
-        procedure = Procedure(
-            seeds=o.seeds,
-            confidence=o.confidence,
-            requests=3000,
-            looks=2,
-            tolerance=o.tolerance,
-            most_tests=10,
-        )
+        procedure = Procedure(seeds=o.seeds, confidence=o.confidence, tolerance=o.tolerance, most_tests=12)
         how = {"seeds": o.seeds, "confidence": o.confidence, "tolerance": o.tolerance}
         lock = threading.Lock()
         jobs = [(p, w, s) for p in o.profiles for w in kinds for s in names]
@@ -362,15 +356,8 @@ class Part:
             report = observe(scheduler, work, profile, case.engine)
             row |= {"work_conserving": report.work_conserving, "broken": report.broken, "full": report.full}
             row |= {"iterations": report.iterations, "k_needed": report.k_needed}
-            row["decodes_first_limit"] = case.limit.kind
             if 0 < found.unstable_rate < math.inf:
-                empty = Procedure(
-                    seeds=procedure.seeds,
-                    confidence=procedure.confidence,
-                    requests=3000,
-                    looks=2,
-                    start="empty",
-                )
+                empty = dataclasses.replace(procedure, start="empty", looks=2)
                 row["from_empty"] = stability.test(case, 1.1 * found.unstable_rate, empty).verdict
         except InputError as error:
             return {"error": str(error)}
