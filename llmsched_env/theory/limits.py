@@ -317,7 +317,8 @@ def full_slots_rps(
     once reached, does not mend. Not in the paper, but it accounts for its section 6, where of five
     configurations at load 1 only Sarathi with a budget of 128 stays bounded.
 
-    Assumes requests of one size, and that one is prefilled at a time.
+    Assumes requests of one size, and that one is prefilled at a time. Where answers are all of one length it
+    is a few per cent too low for large budgets: who was prefilled together also ends together.
     """
     _at_least_one(prefill=prefill, token_budget=token_budget, max_batch=max_batch)
     left, seconds, served = prefill, 0.0, 0
