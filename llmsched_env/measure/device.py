@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import os
 import platform
 import statistics
@@ -21,7 +22,7 @@ from llmsched_env.profiles.roofline import GPUS
 Step = Callable[[], Any]
 
 
-class Device:
+class Device(abc.ABC):
     """A device that iterations run on, one after the other.
 
     Attributes:
@@ -32,21 +33,21 @@ class Device:
     kind: str
     torch: torch.device
 
+    @abc.abstractmethod
     def facts(self) -> dict[str, Any]:
         """What times on it depend on: name, driver, versions; strings and numbers."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def total_bytes(self) -> int:
         """Memory that it has."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def free_bytes(self) -> int:
         """Memory that nobody uses."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def times(self, step: Step, repeats: int) -> list[float]:
         """Seconds of each of so many repetitions, one begun when the one before is done."""
-        raise NotImplementedError
 
     def peak_bytes(self, step: Step) -> int | None:
         """Memory that one repetition takes beside what is taken before; None: it cannot be told."""
@@ -66,9 +67,11 @@ class Device:
         Raises:
             InputError: it does not.
         """
+        return
 
     def release(self) -> None:
         """Give back what no tensor uses any more."""
+        return
 
 
 class Cpu(Device):

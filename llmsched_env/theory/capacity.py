@@ -46,20 +46,11 @@ BatchTime = Callable[..., Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Capacity:
-    """Sustainable requests/s of an engine for a workload.
-
-    Attributes:
-        compute_rps: limited by the token budget and the number of running requests alone.
-        kv_rps: limited by KV memory alone; inf where memory has no limit.
-        decodes: requests that decode together at the smaller of the two.
-        iteration_s: seconds of an iteration then.
-    """
+class Rates:
+    """Requests/s that an engine's compute, and its KV memory, allow; inf where that has no limit."""
 
     compute_rps: float
     kv_rps: float
-    decodes: float
-    iteration_s: float
 
     @property
     def rps(self) -> float:
@@ -70,6 +61,21 @@ class Capacity:
     def bound(self) -> str:
         """Which of the two it is: "compute" or "kv"."""
         return "compute" if self.compute_rps <= self.kv_rps else "kv"
+
+
+@dataclasses.dataclass(frozen=True)
+class Capacity(Rates):
+    """Sustainable requests/s of an engine for a workload.
+
+    Attributes:
+        compute_rps: limited by the token budget and the number of running requests alone.
+        kv_rps: limited by KV memory alone; inf where memory has no limit.
+        decodes: requests that decode together at the smaller of the two.
+        iteration_s: seconds of an iteration then.
+    """
+
+    decodes: float
+    iteration_s: float
 
 
 def capacity(moments: Moments, time: BatchTime, engine: EngineConfig) -> Capacity:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from llmsched_env.core.config import EngineConfig
 from llmsched_env.errors import InputError
 from llmsched_env.profiles import Profile
+from llmsched_env.theory.capacity import Rates
 from llmsched_env.workloads.lengths import Moments
 
 TokenTime = Callable[[Any], Any]
@@ -67,7 +68,7 @@ def best_batch(time: TokenTime, token_budget: int) -> tuple[int, float]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Limit:
+class Limit(Rates):
     """What no scheduler sustains more of; requests/s.
 
     Attributes:
@@ -82,21 +83,9 @@ class Limit:
             unlike batches may pass.
     """
 
-    compute_rps: float
-    kv_rps: float
     tokens: float
     iteration_s: float
     kind: str
-
-    @property
-    def rps(self) -> float:
-        """The smaller of the two."""
-        return min(self.compute_rps, self.kv_rps)
-
-    @property
-    def bound(self) -> str:
-        """Which of the two it is: "compute" or "kv"."""
-        return "compute" if self.compute_rps <= self.kv_rps else "kv"
 
 
 def limit(moments: Moments, profile: Profile, engine: EngineConfig) -> Limit:
