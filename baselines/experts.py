@@ -20,6 +20,7 @@ path.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -40,8 +41,9 @@ from llmsched_env.core.state import Lanes, engine_at
 from llmsched_env.envs import dispatch
 from llmsched_env.envs.episode import FORCED
 from llmsched_env.envs.lane import env_at
+from llmsched_env.envs.options import hold_of
 from llmsched_env.errors import InputError
-from llmsched_env.scheduling import ENGINE, Scheduler, plan
+from llmsched_env.scheduling import ENGINE, Peak, Scheduler, plan
 from llmsched_env.simulation import replay
 
 if TYPE_CHECKING:
@@ -491,8 +493,8 @@ class Expert:
                 raise InputError("Dispatch chooses among rules and cannot follow a schedule; use Batch-v0")
             self._fleet = fleet  # a constant action
             return
-        hold = settings.hold.name.lower().replace("_", "-")
-        if hold != options.hold:
+        hold = hold_of(settings)
+        if options.hold not in (hold, hold_of(dataclasses.replace(settings, peak=Peak.NONE))):
             raise InputError(
                 f"{self.scheduler.name} reserves KV cache for {hold!r}, this environment for "
                 f"{options.hold!r}; make it with hold={hold!r}"

@@ -17,7 +17,7 @@ from llmsched_env.envs.decision import legal, step_decision
 from llmsched_env.envs.fleet import Fleet
 from llmsched_env.envs.frame import DISABLED
 from llmsched_env.envs.kinds import DECISION
-from llmsched_env.envs.lane import env_at
+from llmsched_env.envs.lane import Phase, env_at
 from llmsched_env.envs.observation import find_running, find_waiting, observe
 from llmsched_env.envs.options import split
 
@@ -62,6 +62,7 @@ CASES = [
     {"work_conserving": True, "chunk_levels": ()},
     {"readmit": True, "idle": True, "preempt": "forced", "length_info": "none"},
     {"skip_forced": False, "length_info": "oracle", "waiting_order": "deadline"},
+    {"hold": "forecast", "waiting_order": "area", "readmit": True},
 ]
 
 
@@ -97,6 +98,53 @@ def test_random_decisions(scenario: str, case: dict[str, Any]) -> None:
             assert rewards == pytest.approx(-latency / lane["unit_time"], rel=1e-9)
             begin(made, step)
             rewards = 0.0
+
+
+@pytest.mark.parametrize("info", ["oracle", "predicted", "class"])
+def test_the_forecast_closes_the_slots_of_who_would_not_fit(info: str) -> None:
+    made = fleet(
+        kv_blocks=700,
+        num_requests=120,
+        hold="forecast",
+        length_info=info,
+        waiting_order="area",
+    )
+    g = np.random.default_rng(1)
+    begin(made, 0)
+    lane, seen = made.bank.lane[0], {True: 0, False: 0}
+    for step in range(2500):
+        if lane["phase"] == Phase.BUILDING:
+            for k in range(lane["num_wait"]):
+                slot = slice(2 + k * lane["num_levels"], 2 + (k + 1) * lane["num_levels"])
+                fits = can_be_admitted(made, lane["wait"][k])
+                if fits is not None:
+                    assert made.bank.mask[0][slot].any() == fits
+                    seen[fits] += 1
+        act(made, int(g.choice(np.flatnonzero(made.bank.mask[0]))))
+        if lane["terminated"] or lane["truncated"]:
+            begin(made, step)
+    assert min(seen.values()) > 500
+
+
+def can_be_admitted(made: Fleet, r: int) -> bool | None:
+    """Whether request r will fit at every coming completion, found in the plainest way; None: without that it
+    could not be admitted anyway."""
+    s, req = made.bank.s[0], made.bank.req[0]
+    q, size = req[r], s["block_size"]
+    known = q["prompt"] + q["generated"]
+    least = -(-known // size) + (s["watermark_blocks"] if s["num_running"] else 0)
+    if s["num_running"] >= s["max_num_seqs"] or s["budget"] <= 0 or least > s["free"]:
+        return None
+    running = req[req["status"] == RUNNING]
+    if len(running) == 0:
+        return True
+    left, held = [], []
+    for v in [*running, q]:
+        left.append(max(1, int(np.ceil(min(v["predicted"], v["limit"]))) - v["generated"]))
+        decodes = v["status"] == RUNNING and v["computed"] >= v["target"]
+        held.append((v["computed"] if decodes else v["prompt"] + v["generated"] - 1) + size - 1)
+    together = np.array(left), np.array(held)
+    return all((together[1] + d)[together[0] >= d].sum() <= s["kv_blocks"] * size for d in left)
 
 
 def assert_consistent(made: Fleet) -> None:

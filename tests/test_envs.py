@@ -1043,6 +1043,7 @@ def test_pictures(env_id: str, mode: str) -> None:
         ({"preempt": "never"}, "unknown preempt"),
         ({"hold": "peak"}, 'length_info="oracle"'),
         ({"hold": "predicted", "length_info": "none"}, "nothing is known"),
+        ({"hold": "forecast", "length_info": "none"}, "nothing is known"),
         ({"waiting_order": "area", "length_info": "none"}, "nothing is known"),
         ({"discount_rate": -1}, "from 0"),
         ({"rate_window_s": 0}, "positive seconds"),

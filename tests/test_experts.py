@@ -10,6 +10,7 @@ import pytest
 
 import baselines
 from llmsched_env import InputError, simulate
+from llmsched_env.envs.options import hold_of
 
 WIDE = {"waiting_slots": 64, "running_slots": 64, "length_info": "oracle"}
 
@@ -27,21 +28,14 @@ def play(env: Any, expert: Any, seed: int) -> int:
 
 def make(name: str, **options: Any) -> Any:
     """An environment in which this scheduler can act."""
-    hold = baselines.get(name).settings.hold.name.lower().replace("_", "-")
-    return gym.make(
-        "llmsched/Decision-v0",
-        scenario="azure-conv",
-        hold=hold,
-        idle=True,
-        readmit=True,
-        **{**WIDE, **options},
-    )
+    fitting = {"hold": hold_of(baselines.get(name).settings), "idle": True, "readmit": True}
+    return gym.make("llmsched/Decision-v0", scenario="azure-conv", **{**WIDE, **fitting, **options})
 
 
-def assert_as_simulated(env: Any, name: str) -> None:
+def assert_as_simulated(env: Any, name: str, **settings: Any) -> None:
     inner = env.unwrapped
     problem = inner.problem
-    expected = simulate(inner.requests, baselines.get(name), problem.profile, problem.engine)
+    expected = simulate(inner.requests, baselines.get(name, **settings), problem.profile, problem.engine)
     result = inner.result()
     np.testing.assert_array_equal(result.finish_s, expected.finish_s)
     np.testing.assert_array_equal(result.first_token_s, expected.first_token_s)
@@ -162,8 +156,21 @@ def test_prompts_above_the_budget_cannot_be_said_in_batch() -> None:
         play(env, baselines.expert("orca"), 0)
 
 
-@pytest.mark.parametrize("name", ["vllm-v1", "srf"])
-def test_batch(name: str) -> None:
-    env = gym.make("llmsched/Batch-v0", scenario="azure-conv", running_order="oldest", **WIDE)
+@pytest.mark.parametrize("name", ["area-backfill", "mc-sf"])
+def test_an_admission_test_of_its_own_does_without_that_of_the_environment(name: str) -> None:
+    env = make(name, hold="known")
     assert play(env, baselines.expert(name), 0) > 50
     assert_as_simulated(env, name)
+    with pytest.raises(InputError, match="hold='known'"):
+        play(make("sjf", hold="forecast"), baselines.expert("sjf"), 0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"peak": "predicted", "hold": "known", "backfill": 64}])
+@pytest.mark.parametrize("name", ["vllm-v1", "srf"])
+def test_batch(name: str, settings: dict[str, Any]) -> None:
+    hold = "forecast" if settings else "chunk"
+    env = gym.make(
+        "llmsched/Batch-v0", scenario="azure-conv", kv_blocks=900, running_order="oldest", hold=hold, **WIDE
+    )
+    assert play(env, baselines.expert(name, **settings), 0) > 50
+    assert_as_simulated(env, name, **settings)

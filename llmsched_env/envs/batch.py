@@ -47,7 +47,7 @@ from llmsched_env.core.compile import njit
 from llmsched_env.core.engine import evict, grant
 from llmsched_env.core.facts import blocks_for
 from llmsched_env.core.run import _log_full
-from llmsched_env.envs.decision import most_to_admit, most_to_chunk, room_to_admit
+from llmsched_env.envs.decision import NO_PEAK, foresee, most_to_admit, most_to_chunk, room_to_admit
 from llmsched_env.envs.episode import (
     BUILDING,
     FORCED,
@@ -114,6 +114,8 @@ def _write_mask(env: Env, preempt: bool) -> bool:
     s = e.s
     chunked = s.chunked != 0
     blocks = room_to_admit(env)
+    if s.peak != NO_PEAK:
+        foresee(env, preempt)
     if preempt:
         blocks = s.free - (s.watermark_blocks if s.num_running > v.num_run else 0)
         for k in range(v.num_run):
@@ -229,6 +231,8 @@ def build(env: Env, given: Any, at: int) -> None:
     for k in range(v.num_wait):
         choice = _choice(env, given, at, k)
         if choice != SKIP:
+            if s.peak != NO_PEAK:
+                foresee(env, False)
             tokens = _at_most(env, choice, most_to_admit(env, k, room_to_admit(env)))
             if tokens > 0:
                 grant(e, v.wait[k], tokens)
@@ -253,6 +257,8 @@ def keep_going(env: Env) -> None:
             if s.num_planned > 0:
                 return
         evict(e, e.running[s.num_running - 1])
+    if s.peak != NO_PEAK:
+        foresee(env, False)
     for k in range(v.num_wait):
         most = most_to_admit(env, k, room_to_admit(env))
         if most > 0:

@@ -19,7 +19,7 @@ import numpy as np
 
 from llmsched_env.core.compile import njit
 from llmsched_env.core.engine import evict, grant, grant_decodes, refund
-from llmsched_env.core.facts import blocks_for
+from llmsched_env.core.facts import blocks_for, hold_tokens
 from llmsched_env.core.run import _log_full
 from llmsched_env.core.span import WORD, less_than, ones, store_word
 from llmsched_env.envs import frame
@@ -44,8 +44,12 @@ from llmsched_env.envs.observation import (
     running_joined,
     running_left,
 )
+from llmsched_env.scheduling.forecast import fits_forecast, forecast
+from llmsched_env.scheduling.settings import Peak
 
 RUN, HOLD, FIRST_SLOT = 0, 1, 2
+NO_PEAK = int(Peak.NONE)
+CLOSED = 2**31 - 1  # as many KV blocks as there never are
 
 
 def num_actions(waiting_slots: int, running_slots: int, num_levels: int) -> int:
@@ -64,6 +68,19 @@ def room_to_admit(env: Env) -> int:
     if s.num_running >= s.max_num_seqs or s.budget <= 0:
         return 0
     return max(0, s.free - (s.watermark_blocks if s.num_running > 0 else 0))
+
+
+@njit
+def foresee(env: Env, all_may_go: bool) -> None:
+    """Where admissions must fit the forecast of memory: close the slots of those waiting who do not,
+    unless those who run may all go."""
+    e, v = env.e, env.v
+    s = e.s
+    rows = forecast(e) if s.num_running > 0 and not all_may_go else 0  # alone they fit
+    for k in range(v.num_wait):
+        r = v.wait[k]
+        fits = rows == 0 or fits_forecast(e, r, rows)
+        env.brief[k].hold = blocks_for(e, hold_tokens(e, e.req[r], s.hold)) if fits else CLOSED
 
 
 @njit(forceinline=True)
@@ -106,6 +123,8 @@ def legal(env: Env) -> int:
     s = e.s
     for i in range(len(mask)):
         mask[i] = 0
+    if s.peak != NO_PEAK:
+        foresee(env, False)
     running = v.waiting_slots
     preempt = FIRST_SLOT + (v.waiting_slots + v.running_slots) * v.num_levels
     if v.phase == FORCED:

@@ -181,6 +181,7 @@ class Fleet:
             scales(slots, units),  # type: ignore[arg-type]
             sum(kind.mask_parts(options)),
             log_rows,
+            _scheduler(kind, options).work_size(self.num_requests, problem.num_clients),
         )
         self._set_options(autoreset)
         self.alone = np.full(num_envs, np.nan)
@@ -430,6 +431,11 @@ def draw(problem: Problem, seed: int) -> Requests:
 # ---------------------------------------------------------------------- the beginning
 
 
+def _scheduler(kind: Kind, options: Options) -> Scheduler:
+    """What an environment that decides by itself only what actions leave open comes to."""
+    return Scheduler("environment", kind.settings(options))
+
+
 def _template(kind: Kind, problem: Problem, options: Options) -> NDArray[Any]:
     """(1,) the engine's record at the beginning of an episode."""
     engine: EngineConfig = problem.engine
@@ -440,7 +446,7 @@ def _template(kind: Kind, problem: Problem, options: Options) -> NDArray[Any]:
     spec = LaneSpec(
         requests=Requests.of([0.0], [1], [1]),  # of no account
         config=engine,
-        pack=Scheduler("environment", kind.settings(options)).pack,
+        pack=_scheduler(kind, options).pack,
         cost=problem.profile.pack(),
         kv_bytes_per_token=problem.kv_bytes_per_token,
         stop_tokens=nothing,

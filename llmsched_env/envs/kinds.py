@@ -107,10 +107,12 @@ def tally(table, lane: int) -> None:  # type: ignore[no-untyped-def]
 
 def _queue(options: Options) -> Settings:
     """Where actions name requests: what is visible in which order, and what an admission reserves."""
+    hold, peak = HOLDS[options.hold]
     return Settings(
         order=WAITING_ORDERS[options.waiting_order],
         resume=Place.KEY,
-        hold=HOLDS[options.hold],
+        hold=hold,
+        peak=peak,
         watermark_when_idle=False,
     )
 

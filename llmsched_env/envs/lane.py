@@ -162,6 +162,7 @@ _COLUMNS = (
     "num_requests",
     "lists",
     "work",
+    "work_size",
     "cost",
     "num_cost",
     "itl",
@@ -191,6 +192,7 @@ COLUMNS = len(_COLUMNS)
     _NUM_REQUESTS,
     _LISTS,
     _WORK,
+    _WORK_SIZE,
     _COST,
     _NUM_COST,
     _ITL,
@@ -269,7 +271,7 @@ def env_at(table, lane: int) -> Env:  # type: ignore[no-untyped-def]
             _i4_span(lists + 12 * n, n),
             _i4_span(lists + 16 * n, n),
             _i4_span(lists + 20 * n, n),
-            _f8_span(table[at + _WORK], n),
+            _f8_span(table[at + _WORK], table[at + _WORK_SIZE]),
             _f8_span(table[at + _COST], table[at + _NUM_COST]),
             _i8_span(table[at + _ITL], 0),
             _i8_span(table[at + _BITS], table[at + _NUM_WORDS]),
@@ -338,6 +340,7 @@ class Bank:
         scales: NDArray[np.float32],
         mask_size: int,
         log_rows: int = 0,
+        work_size: int = 0,
     ) -> None:
         n = num_requests
         self.num_requests = n
@@ -356,7 +359,7 @@ class Bank:
             "lists": ((num_envs, 6, n), np.dtype(np.int32)),
             "pool": ((num_envs, n), DRAWN),
             "final": ((num_envs, observation_size), np.dtype(np.float32)),
-            "work": ((num_envs, n), np.dtype(np.float64)),
+            "work": ((num_envs, max(1, work_size)), np.dtype(np.float64)),
         }
         for name, array in _arena(sizes).items():
             setattr(self, name, array)
@@ -404,6 +407,7 @@ class Bank:
             put(column, array, shared=True)
         for column, value in (
             (_NUM_REQUESTS, self.num_requests),
+            (_WORK_SIZE, self.work.shape[1]),
             (_NUM_WORDS, self.bits.shape[1]),
             (_NUM_COST, len(self.cost)),
             (_OBSERVATION_SIZE, self.observation.shape[1]),

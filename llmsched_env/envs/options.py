@@ -17,6 +17,7 @@ from llmsched_env.envs.objective import Objective
 from llmsched_env.envs.observation import LengthInfo, RunningOrder
 from llmsched_env.errors import InputError, unknown
 from llmsched_env.scenarios import Scenario
+from llmsched_env.scheduling import Peak, Settings
 
 # Keys that stay as they are while a request waits, and that need nothing but the request.
 _ORDERS = (
@@ -42,7 +43,8 @@ def _name(member: Any) -> str:
 WAITING_ORDERS = {_name(order): order for order in _ORDERS}
 RUNNING_ORDERS = {_name(order): order for order in RunningOrder}
 LENGTHS = {_name(info): info for info in LengthInfo}
-HOLDS = {_name(hold): hold for hold in Hold}
+FORECAST = "forecast"
+HOLDS = {_name(hold): (hold, Peak.NONE) for hold in Hold} | {FORECAST: (Hold.KNOWN, Peak.PREDICTED)}
 OBSERVATIONS = ("dict", "flat")
 PREEMPTS = ("free", "forced")
 
@@ -76,8 +78,10 @@ class Options:
         readmit: whether who is preempted in a plan may be admitted again in it.
         idle: whether the engine may wait for the next arrival although somebody could be served.
         hold: for how many tokens an admission reserves KV cache: "chunk" (those of this iteration), "known"
-            (the prompt and the answer so far), "predicted", "declared", "peak" (the true length) or
-            "model-len".
+            (the prompt and the answer so far), "predicted", "declared", "peak" (the true length),
+            "model-len", or "forecast": as "known", and whoever is admitted while others run must fit at every
+            coming completion, by what is known of lengths (MC-SF, arXiv 2502.07115). That can still err: a
+            decode that finds no block preempts somebody.
         discount_rate: rate, 1/s, at which rewards are discounted within a step by the time that has passed;
             an agent that discounts by exp(-discount_rate * info["dt"]) from step to step then maximises the
             rewards discounted in continuous time. 0: not at all.
@@ -145,7 +149,7 @@ class Options:
         if self.length_info == "none":
             for name, needing in (
                 ("waiting_order", [_name(order) for order in _OF_LENGTH]),
-                ("hold", ["predicted"]),
+                ("hold", ["predicted", FORECAST]),
             ):
                 if getattr(self, name) in needing:
                     raise InputError(
@@ -155,6 +159,14 @@ class Options:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
+
+
+def hold_of(settings: Settings) -> str:
+    """The value of `hold` that reserves as a scheduler with these settings does."""
+    return next(
+        (name for name, reserves in HOLDS.items() if reserves == (settings.hold, settings.peak)),
+        _name(settings.hold),
+    )
 
 
 NAMES = tuple(field.name for field in dataclasses.fields(Options))

@@ -511,7 +511,7 @@ class DecisionEnv(SchedulingEnv):
     | `preempt` | "free" | "forced": only if it has to be |
     | `readmit` | False | whether who is preempted may be admitted again in the same plan |
     | `idle` | False | whether RUN may wait for an arrival with nothing planned |
-    | `hold` | "chunk" | what an admission reserves KV cache for |
+    | `hold` | "chunk" | what an admission reserves KV cache for; "forecast": what it must fit into |
     | `discount_rate` | 0.0 | 1/s |
     | `most_tokens` | None | of an iteration, where less than the engine's token budget; None: that |
     | `rate_window_s` | None | of the rates observed; None: 10 time scales |

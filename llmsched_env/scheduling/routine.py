@@ -16,16 +16,17 @@ from llmsched_env.core.cruise import cruise, rest
 from llmsched_env.core.engine import Place, drop, enter_queue, evict, grant, grant_decodes, queue_key, swap_in
 from llmsched_env.core.facts import CHUNK, blocks_for, known_tokens, length_class
 from llmsched_env.core.state import Engine, Level, Listing, Status
+from llmsched_env.scheduling.forecast import add_to_forecast, fits_forecast, forecast
 from llmsched_env.scheduling.settings import Budget, Pass, Peak, Sort, Victim
 
-_WAITING, _RUNNING = int(Status.WAITING), int(Status.RUNNING)
+_WAITING = int(Status.WAITING)
 _HEAD, _KEY, _END = int(Place.HEAD), int(Place.KEY), int(Place.END)
 _PASS_RUNNING, _DECODES, _CHUNKS = int(Pass.RUNNING), int(Pass.DECODES), int(Pass.CHUNKS)
 _ADMIT, _SWAP_IN, _MERGED = int(Pass.ADMIT), int(Pass.SWAP_IN), int(Pass.MERGED)
 _NEWEST, _BY_PRIORITY, _SHORTEST, _LONGEST, _WORST_KEY, _LEAST_KEY = (int(v) for v in Victim)
 _SORT_ADMISSION, _SORT_ARRIVAL, _SORT_KV, _SORT_KEY = (int(v) for v in Sort)
 _PRESSURE = int(Budget.PRESSURE)
-_PEAK_NONE, _PEAK_PREDICTED, _PEAK_TRUE, _PEAK_LOWER_BOUND = (int(v) for v in Peak)
+_PEAK_NONE = int(Peak.NONE)
 
 _NEW_FIRST = int(Listing.NEW_FIRST)
 _LEFT_OVER, _SWAPPED_IN, _DECODED, _PREFILLED, _NEW = (int(v) for v in Level)
@@ -257,7 +258,7 @@ def admit(e: Engine, cap: int) -> None:
     misfits = 0
     passed_over = False
     last_key = np.inf  # of those that may be tried behind the first that does not fit
-    profile = 0  # entries of the memory profile that the forward-looking test keeps in `work`; 0: not built
+    rows = 0  # of the forecast of memory; 0: it is not made yet
     r = queue.first(e)
     while r >= 0 and req[r].key <= last_key:
         if s.limit_prefills and s.budget <= 0:
@@ -281,15 +282,15 @@ def admit(e: Engine, cap: int) -> None:
         if not room and s.admission_preempts:
             room = _preempt_for(e, r, want)
             if room:
-                profile = 0
+                rows = 0
         if room and s.peak != _PEAK_NONE and s.num_running > 0:  # alone it fits
-            if profile == 0:
-                profile = _build_profile(e)
-            room = _peak_fits(e, r, profile)
+            if rows == 0:
+                rows = forecast(e)
+            room = fits_forecast(e, r, rows)
         if room:
             after = queue.following(e, r) if s.backfill > 0 or passed_over else -1
-            if profile > 0:
-                profile = _add_to_profile(e, r, profile)
+            if rows > 0:
+                rows = add_to_forecast(e, r, rows)
             if s.reorder_chunked or s.listing == _NEW_FIRST:
                 q.level = _NEW
             if not grant(e, r, want):
@@ -514,148 +515,3 @@ def _visit_merged(e: Engine, cap: int) -> None:
             else:
                 q.level = _NEW
                 grant(e, head, want)
-
-
-# ---------------------------------------------------------------------- looking ahead
-
-
-@njit
-def _remaining(e: Engine, q) -> int:  # type: ignore[no-untyped-def]
-    """Output tokens still to come, by the length that the forward-looking test believes; at least 1."""
-    if e.s.peak == _PEAK_TRUE:
-        return max(1, q.stop - q.generated)
-    length = q.predicted
-    if e.s.peak == _PEAK_LOWER_BOUND:
-        length = max(e.s.lower_bound * length, np.float64(q.generated))
-    return max(1, int(np.ceil(min(length, np.float64(q.limit)))) - q.generated)
-
-
-@njit
-def _held(e: Engine, q) -> int:  # type: ignore[no-untyped-def]
-    """Tokens of KV of q before its next token comes out, as if a prefill ended with this iteration; blocks
-    are taken whole.
-    """
-    held = q.computed if q.status == _RUNNING and q.computed >= q.target else known_tokens(q) - 1
-    return held + e.s.block_size - 1
-
-
-# The memory profile in `work`: five columns, a row for each running request, most remaining tokens first. Its
-# ids stay from one iteration to the next, so that sorting it again is cheap.
-_ROWS, _WORST, _COLUMNS = 0, 1, 2  # rows in use; the highest usage at any completion; where the columns begin
-
-
-@njit
-def _columns(e: Engine):  # type: ignore[no-untyped-def]
-    """Where each column begins: ids; tokens left; tokens held; their sum down to a row; and, from a row
-    downwards, the highest usage at a completion plus the tokens until then (what a request held all that time
-    would have to fit in, less what it holds now)."""
-    n = len(e.req)
-    return _COLUMNS, _COLUMNS + n, _COLUMNS + 2 * n, _COLUMNS + 3 * n, _COLUMNS + 4 * n
-
-
-def profile_size(num_requests: int) -> int:
-    """float64 numbers of workspace that the forward-looking test needs."""
-    return _COLUMNS + 5 * num_requests
-
-
-@njit
-def _build_profile(e: Engine) -> int:
-    """Bring the profile up to date with the running requests; returns how many they are."""
-    s, req, work = e.s, e.req, e.work
-    ids, lefts, helds, _, _ = _columns(e)
-    stamp = np.int32(s.iterations & 0x7FFFFFFF) + 1
-    n = 0
-    for k in range(int(work[_ROWS])):
-        r = int(work[ids + k])
-        if req[r].status == _RUNNING:
-            req[r].count = stamp
-            work[ids + n] = r
-            n += 1
-    for k in range(s.num_running):
-        r = e.running[k]
-        if req[r].count != stamp:
-            work[ids + n] = r
-            n += 1
-    for i in range(n):
-        r = int(work[ids + i])
-        held, left = np.float64(_held(e, req[r])), np.float64(_remaining(e, req[r]))
-        k = i
-        while k > 0 and work[lefts + k - 1] < left:
-            work[ids + k] = work[ids + k - 1]
-            work[lefts + k] = work[lefts + k - 1]
-            work[helds + k] = work[helds + k - 1]
-            k -= 1
-        work[ids + k], work[lefts + k], work[helds + k] = r, left, held
-    _sum_profile(e, n)
-    return n
-
-
-@njit
-def _sum_profile(e: Engine, n: int) -> None:
-    """Fill the last two columns."""
-    work = e.work
-    _, lefts, helds, sums, needs = _columns(e)
-    total, worst = 0.0, 0.0
-    for k in range(n):
-        total += work[helds + k]
-        usage = total + (k + 1) * work[lefts + k]
-        worst = max(worst, usage)
-        work[sums + k] = total
-        work[needs + k] = usage + work[lefts + k]
-    for k in range(n - 2, -1, -1):
-        work[needs + k] = max(work[needs + k], work[needs + k + 1])
-    work[_ROWS], work[_WORST] = n, worst
-
-
-@njit
-def _add_to_profile(e: Engine, r: int, n: int) -> int:
-    """Add request r, which is about to be admitted; returns the number of rows."""
-    work = e.work
-    ids, lefts, helds, _, _ = _columns(e)
-    held, left = np.float64(_held(e, e.req[r])), np.float64(_remaining(e, e.req[r]))
-    k = n
-    while k > 0 and work[lefts + k - 1] < left:
-        work[ids + k] = work[ids + k - 1]
-        work[lefts + k] = work[lefts + k - 1]
-        work[helds + k] = work[helds + k - 1]
-        k -= 1
-    work[ids + k], work[lefts + k], work[helds + k] = r, left, held
-    _sum_profile(e, n + 1)
-    return n + 1
-
-
-@njit
-def _peak_fits(e: Engine, r: int, n: int) -> bool:
-    """Whether the KV cache suffices at every coming completion if r is admitted and all decode in lock-step.
-
-    Memory only grows between completions, so these are the times to check (MC-SF, arXiv 2502.07115): when the
-    request with d tokens left completes, those with at least as many left hold what they hold now plus d
-    tokens each. O(log n), by bisection.
-    """
-    work = e.work
-    _, lefts, _, sums, needs = _columns(e)
-    held, left = np.float64(_held(e, e.req[r])), np.float64(_remaining(e, e.req[r]))
-    capacity = np.float64(e.s.kv_blocks * e.s.block_size)
-    if work[_WORST] > capacity:
-        return False
-    longer = _rows_above(work, lefts, n, left)
-    if longer < n and work[needs + longer] + held > capacity:  # those that complete while r is there
-        return False
-    with_r = _rows_above(
-        work, lefts, n, left - 0.5
-    )  # those that are there when r completes; lengths are whole numbers
-    total = work[sums + with_r - 1] if with_r > 0 else 0.0
-    return bool(total + held + (with_r + 1) * left <= capacity)
-
-
-@njit
-def _rows_above(work, column: int, n: int, value: float) -> int:  # type: ignore[no-untyped-def]
-    """How many of the first n numbers of a descending column are greater than `value`."""
-    low, high = 0, n
-    while low < high:
-        middle = (low + high) // 2
-        if work[column + middle] > value:
-            low = middle + 1
-        else:
-            high = middle
-    return low

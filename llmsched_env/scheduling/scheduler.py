@@ -16,7 +16,7 @@ from llmsched_env.core.engine import Order
 from llmsched_env.core.requests import Requests
 from llmsched_env.core.state import Engine, Hold, engine_dtype
 from llmsched_env.errors import InputError
-from llmsched_env.scheduling.routine import profile_size
+from llmsched_env.scheduling.forecast import forecast_size
 from llmsched_env.scheduling.settings import (
     Budget,
     Pass,
@@ -109,7 +109,7 @@ class Scheduler:
     def work_size(self, num_requests: int, num_clients: int) -> int:
         """float64 numbers of workspace for so many requests and clients."""
         own = self.workspace(num_requests, num_clients) if self.workspace is not None else 0
-        return max(own, profile_size(num_requests) if self.settings.peak is not Peak.NONE else 0)
+        return max(own, forecast_size(num_requests) if self.settings.peak is not Peak.NONE else 0)
 
     def least_blocks(
         self, requests: Requests, stop: NDArray[np.int32], limit: NDArray[np.int32], config: EngineConfig

@@ -8,7 +8,8 @@ from llmsched_env.core import queue
 from llmsched_env.core.compile import njit
 from llmsched_env.core.facts import known_tokens
 from llmsched_env.core.state import Engine
-from llmsched_env.scheduling.routine import plan_unified, profile_size
+from llmsched_env.scheduling.forecast import forecast_size
+from llmsched_env.scheduling.routine import plan_unified
 
 _WINDOW = 256  # requests with the shortest outputs, among which a batch is chosen
 _CAPS = 8  # limits on the prompt that are tried: the longest in the window, half of it, ...
@@ -17,7 +18,7 @@ _CHOSEN = 1e9  # what is taken off the key of those in the batch, so that they c
 
 def sorted_f_size(num_requests: int) -> int:
     """float64 numbers of workspace, behind those of the forward-looking test."""
-    return profile_size(num_requests) + 6 * _WINDOW
+    return forecast_size(num_requests) + 6 * _WINDOW
 
 
 @njit
