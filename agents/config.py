@@ -60,6 +60,8 @@ class Config:
             takes alone); inf: no discount.
         teacher: a scheduler's name, or "optimum" for small episodes: the network first learns to act as it
             does, in `teacher_episodes` episodes, `teacher_epochs` times; "": none.
+        teacher_rounds: how often after that it plays as many episodes itself, and learns from all so far what
+            its teacher would have done there (DAgger).
         stagger: decisions of each lane before the first is learned from, in which it begins anew at a random
             one: as many as an episode has, so that lanes are in all its parts.
         segment: updates between checkpoints.
@@ -99,6 +101,7 @@ class Config:
     teacher: str = ""
     teacher_episodes: int = 64
     teacher_epochs: int = 4
+    teacher_rounds: int = 0
     stagger: int = 0
     segment: int = 10
     fresh: bool = False
@@ -148,6 +151,10 @@ class Config:
             raise InputError("fairness is only measured where it is rewarded; give objective a weight of it")
         if self.reward_scale == "trace" and objective != Objective(latency=objective.latency):
             raise InputError('reward_scale="trace" is for the objective "latency" alone')
+        if self.teacher == "optimum" and self.teacher_rounds:
+            raise InputError(
+                "the optimum knows one schedule, not what to do where a student gets; set teacher_rounds=0"
+            )
         if self.fresh and self.stagger:
             raise InputError("stagger has no effect where fresh=true begins all lanes anew; leave one out")
         if self.num_envs % self.lanes_per_trace:
@@ -275,6 +282,7 @@ _LEAST = {
     "epochs": 1,
     "teacher_episodes": 1,
     "teacher_epochs": 1,
+    "teacher_rounds": 0,
     "stagger": 0,
     "segment": 1,
     "validation_episodes": 1,

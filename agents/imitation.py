@@ -1,4 +1,8 @@
-"""A warm start: a network first learns to decide as a scheduler or an optimal schedule does."""
+"""A warm start: a network first learns to decide as a scheduler or an optimal schedule does.
+
+First in what its teacher gets into, then in what it gets into itself (DAgger, Ross, Gordon and Bagnell 2011):
+a student that only saw its teacher at work does not know what to do after a mistake of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,20 @@ import torch as th
 from numpy.typing import NDArray
 
 import baselines
+from agents.evaluation import MOST_STEPS
 from agents.sb3_policies import NetPolicy
 from llmsched_env.errors import InputError
 
+Policy = Callable[[NDArray[np.float32], NDArray[np.bool_]], NDArray[np.int64]]
+
 _WORTH = 0.5  # weight of the error in the value beside that in the actions
 _RATE = 2e-3
-_AT_ONCE = 65536  # steps that are judged in one go: memory
+_AT_ONCE = 16384  # steps that are judged in one go: memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Demonstrations:
-    """What a teacher did, step by step.
+    """What a teacher did, or would have done, step by step.
 
     Attributes:
         seen: (n, D) float32. masks: (n, A) bool. actions: (n,) int64, or (n, entries).
@@ -34,6 +41,10 @@ class Demonstrations:
     actions: NDArray[np.int64]
     returns: NDArray[np.float32]
 
+    def __add__(self, other: Demonstrations) -> Demonstrations:
+        names = [field.name for field in dataclasses.fields(self)]
+        return Demonstrations(**{n: np.concatenate([getattr(self, n), getattr(other, n)]) for n in names})
+
 
 def demonstrate(
     teacher: str,
@@ -44,21 +55,29 @@ def demonstrate(
     seed: int,
     discount_rate: float = 0.0,
     scale: Callable[[NDArray[np.int64]], NDArray[np.float64]] | None = None,
+    student: Policy | None = None,
     **options: Any,
 ) -> Demonstrations:
-    """Let a teacher play episodes.
+    """Let a teacher play episodes, or say what it would do in those that a student plays.
 
     Args:
         teacher: a scheduler's name, or "optimum": the best schedule that `baselines.optimal` finds.
         env_id, scenario, options: of the environment; flat observations.
         seed: of the first episode. discount_rate: 1/s. scale: divides rewards, as in `SchedulingPPO`.
+        student: its actions, of observations (n, D) and masks (n, A); None: the teacher plays.
 
     Raises:
-        InputError: an unknown teacher, or one that these actions cannot follow.
+        InputError: an unknown teacher, one that these actions cannot follow, or the optimum as the teacher of
+            a student: it knows one schedule, and nothing of where others lead.
     """
-    play = _play_optimum if teacher == "optimum" else _play_scheduler
     keywords = {"scenario": scenario, "observation": "flat", "discount_rate": discount_rate, **options}
-    seen, masks, actions, rewards, dt, lane, seeds = play(teacher, env_id, num_episodes, seed, keywords)
+    if teacher != "optimum":
+        played = _play_scheduler(teacher, env_id, num_episodes, seed, keywords, student)
+    elif student is None:
+        played = _play_optimum(env_id, num_episodes, seed, keywords)
+    else:
+        raise InputError("the optimum cannot teach in what a student gets into; set teacher_rounds=0")
+    seen, masks, actions, rewards, dt, lane, seeds = played
     scales = np.ones(num_episodes) if scale is None else scale(seeds)
     returns = np.zeros(len(rewards), np.float32)
     after = np.zeros(num_episodes)
@@ -69,10 +88,22 @@ def demonstrate(
     return Demonstrations(seen, masks, actions, returns)
 
 
-def _play_scheduler(teacher: str, env_id: str, num_episodes: int, seed: int, keywords: dict[str, Any]) -> Any:
+def _play_scheduler(
+    teacher: str,
+    env_id: str,
+    num_episodes: int,
+    seed: int,
+    keywords: dict[str, Any],
+    student: Policy | None,
+) -> Any:
     """All episodes at once; the steps of an episode in order."""
     env: Any = gym.make_vec(
-        env_id, num_episodes, vectorization_mode="vector_entry_point", autoreset_mode="disabled", **keywords
+        env_id,
+        num_episodes,
+        vectorization_mode="vector_entry_point",
+        autoreset_mode="disabled",
+        max_episode_steps=MOST_STEPS,  # a student may preempt for ever
+        **keywords,
     ).unwrapped
     expert = baselines.expert(teacher, strict=False)  # near enough for a beginning
     seen, _ = env.reset(seed=[seed + i for i in range(num_episodes)])
@@ -83,6 +114,8 @@ def _play_scheduler(teacher: str, env_id: str, num_episodes: int, seed: int, key
         here, masks = np.flatnonzero(~over), env.action_masks()
         actions = np.asarray(expert(env))
         now = seen[here].copy(), masks[here].copy(), actions[here].copy()
+        if student is not None:
+            actions = student(seen, masks)
         seen, rewards, terminated, truncated, info = env.step(actions)
         steps.append((*now, rewards[here].copy(), info["dt"][here].copy(), here))
         over |= terminated | truncated
@@ -90,7 +123,7 @@ def _play_scheduler(teacher: str, env_id: str, num_episodes: int, seed: int, key
     return (*(np.concatenate(parts) for parts in zip(*steps, strict=True)), seeds)
 
 
-def _play_optimum(teacher: str, env_id: str, num_episodes: int, seed: int, keywords: dict[str, Any]) -> Any:
+def _play_optimum(env_id: str, num_episodes: int, seed: int, keywords: dict[str, Any]) -> Any:
     """One episode after the other, each as its best known schedule has it."""
     from baselines import optimal
 
@@ -138,12 +171,20 @@ def imitate(policy: NetPolicy, shown: Demonstrations, *, epochs: int, batch_size
             th.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
             optimizer.step()
     policy.set_training_mode(False)
-    same = 0
-    with th.no_grad():
-        for at in range(0, n, _AT_ONCE):
-            part = slice(at, at + _AT_ONCE)
-            chosen = policy.get_distribution(seen[part], shown.masks[part]).mode()
-            same += int(
-                (chosen.view(actions[part].shape) == actions[part]).view(len(chosen), -1).all(1).sum()
-            )
-    return same / n
+    same = best_actions(policy)(shown.seen, shown.masks) == shown.actions
+    return float(same.reshape(n, -1).all(1).mean())
+
+
+def best_actions(policy: NetPolicy) -> Policy:
+    """What the policy holds for best."""
+
+    def choose(seen: NDArray[np.float32], masks: NDArray[np.bool_]) -> NDArray[np.int64]:
+        chosen = []
+        with th.no_grad():
+            for at in range(0, len(seen), _AT_ONCE):
+                part = slice(at, at + _AT_ONCE)
+                chosen.append(policy.get_distribution(th.as_tensor(seen[part]), masks[part]).mode().numpy())
+        found = np.concatenate(chosen)
+        return found.reshape(len(seen), *(policy.action_space.shape or ()))
+
+    return choose

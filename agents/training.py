@@ -35,7 +35,7 @@ try:
     from stable_baselines3.common.logger import Logger
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    from agents.imitation import demonstrate, imitate
+    from agents.imitation import Demonstrations, best_actions, demonstrate, imitate
     from agents.networks import Spec
     from agents.ppo import SchedulingPPO
     from agents.sb3 import SB3VecEnv
@@ -199,25 +199,28 @@ class Trainer:
     def _begin(self, run: Run, board: Any) -> None:
         """The warm start, and the first checkpoint."""
         config = self.config
-        if config.teacher:
-            shown = demonstrate(
+        shown: Demonstrations | None = None
+        for turn in range(config.teacher_rounds + 1 if config.teacher else 0):
+            seen = demonstrate(
                 config.teacher,
                 config.env,
                 config.scenario,
                 config.teacher_episodes,
-                seed=_SEEDS + 2**20 * config.seed,
+                seed=_SEEDS + 2**20 * config.seed + turn * config.teacher_episodes,
                 discount_rate=self.rate,
                 scale=self.model.scale,
+                student=best_actions(self.policy) if turn > 0 else None,
                 **self.options,
             )
+            shown = seen if shown is None else shown + seen
             same = imitate(
                 self.policy,
                 shown,
                 epochs=config.teacher_epochs,
                 batch_size=min(config.batch_size, 1024),
-                seed=config.seed,
+                seed=config.seed + 2**20 * turn,
             )
-            board.add_scalar("imitation/same_actions", same, 0)
+            board.add_scalar("imitation/same_actions", same, turn)
         self._validate(run, board)
         run.save(self._checkpoint())
 

@@ -10,20 +10,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import baselines
 from llmsched_env.errors import InputError
 
 th = pytest.importorskip("torch")
 pytest.importorskip("sb3_contrib")
 
-from agents import training  # noqa: E402
+from agents import evaluation, training  # noqa: E402
 from agents.agent import Agent, describe, weights_of  # noqa: E402
 from agents.cli import main  # noqa: E402
 from agents.config import Config, preset_names  # noqa: E402
+from agents.evaluation import random_policy  # noqa: E402
 from agents.imitation import demonstrate, imitate  # noqa: E402
 from agents.networks import NETWORKS, Spec, build  # noqa: E402
 from agents.ppo import SchedulingPPO, estimate, leave_one_out  # noqa: E402
@@ -288,7 +291,7 @@ def test_a_run_leaves_what_it_did(whole: Run) -> None:
     [
         TINY,
         TINY.replace(stagger=20),
-        TINY.replace(teacher="vllm-v1", lanes_per_trace=4, fresh=True),
+        TINY.replace(teacher="vllm-v1", teacher_rounds=1, lanes_per_trace=4, fresh=True),
         TINY.replace(
             reward_scale="trace", curriculum=((0.0, 0.5), (0.6, 1.0)), scenario="azure-conv", num_requests=12
         ),
@@ -401,6 +404,54 @@ def test_a_teacher_is_imitated() -> None:
     before = imitate(policy, shown, epochs=1, batch_size=10**6, seed=0)
     after = imitate(policy, shown, epochs=30, batch_size=64, seed=0)
     assert after > max(0.8, before)
+
+
+CORRECTED: dict[str, Any] = {"scenario": "azure-conv", "num_requests": 20, "hold": "known", **SMALL}
+
+
+@pytest.mark.parametrize("env_id", IDS[:2])
+def test_a_teacher_says_what_it_would_do_where_its_student_is(env_id: str) -> None:
+    def random() -> Any:
+        return random_policy(gym.make(env_id, **CORRECTED).action_space)
+
+    shown = demonstrate("sjf-prompt", env_id, num_episodes=3, seed=0, student=random(), **CORRECTED)
+    teacher, student = baselines.expert("sjf-prompt", strict=False), random()
+    env = evaluation.make(env_id, 3, observation="flat", **CORRECTED).unwrapped
+    seen, _ = env.reset(seed=[0, 1, 2])
+    at, over = 0, np.zeros(3, np.bool_)
+    while not over.all():
+        rows = slice(at, at + int((~over).sum()))
+        np.testing.assert_array_equal(shown.seen[rows], seen[~over])
+        np.testing.assert_array_equal(shown.actions[rows], np.asarray(teacher(env))[~over])
+        seen, _, terminated, truncated, _ = env.step(student(seen, env.action_masks()))
+        over |= terminated | truncated
+        at = rows.stop
+    assert at == len(shown.seen) == len(shown.returns)
+
+
+def test_rounds_of_corrections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[bool, int]] = []  # whether a student played, how much all was that was learned from
+
+    def listen(*args: Any, student: Any = None, **options: Any) -> Any:
+        told.append((student is not None, 0))
+        return demonstrate(*args, student=student, **options)
+
+    def learn(policy: Any, shown: Any, **options: Any) -> float:
+        told[-1] = (told[-1][0], len(shown.seen))
+        return imitate(policy, shown, **options)
+
+    monkeypatch.setattr(training, "demonstrate", listen)
+    monkeypatch.setattr(training, "imitate", learn)
+    config = TINY.replace(teacher="vllm-v1", teacher_episodes=2, teacher_rounds=2, steps=1)
+    training.train(config, tmp_path / "run")
+    assert [student for student, _ in told] == [False, True, True]
+    assert 0 < told[0][1] < told[1][1] < told[2][1]
+    for refused in (
+        lambda: demonstrate("optimum", IDS[0], "toy", 2, seed=0, student=lambda seen, masks: masks.argmax(1)),
+        lambda: Config(teacher="optimum", teacher_rounds=1),
+    ):
+        with pytest.raises(InputError, match="teacher_rounds=0"):
+            refused()
 
 
 def test_the_optimum_can_teach() -> None:
