@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+# Options that several subcommands have.
+Profile = Annotated[str, typer.Option(help="a cost profile: its name, or a JSON file")]
+Workload = Annotated[str | None, typer.Option(help="its name; see `llmsched list workloads`")]
+KvTokens = Annotated[int | None, typer.Option(help="KV cache in tokens; default: the profile's")]
+TokenBudget = Annotated[int | None, typer.Option(help="most tokens of an iteration")]
+MaxNumSeqs = Annotated[int | None, typer.Option(help="most requests running at once")]
+BlockSize = Annotated[int | None, typer.Option(help="tokens of a block of the KV cache: 16")]
+EngineSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="a setting of scheduler or engine; repeatable"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 
 
 def pairs_of(option: str, items: list[str] | None) -> list[tuple[str, str]]:
@@ -89,11 +102,17 @@ def source_of(workload: str | None, trace: Path | None, seed: int, options: dict
 
 
 def policy_and_engine(
-    scheduler: str, settings: list[tuple[str, str]], kv_tokens: int | None, limits: dict[str, int | None]
+    scheduler: str,
+    settings: list[str] | None,
+    *,
+    kv_tokens: int | None = None,
+    **limits: int | None,
 ) -> tuple[Any, EngineConfig]:
-    """The scheduler and the engine with their settings; a KEY is the engine's if the engine has it.
+    """The scheduler and the engine with their settings.
 
-    `limits` are settings of the engine that have an option of their own, None where it is not given.
+    Args:
+        settings: KEY=VALUE items of --set; a KEY is the engine's if the engine has it.
+        limits: settings of the engine that have an option of their own, None where it is not given.
     """
     import baselines
     from llmsched_env import EngineConfig, InputError
@@ -102,11 +121,12 @@ def policy_and_engine(
     policy = baselines.get(scheduler)
     fields = {field.name for field in dataclasses.fields(EngineConfig)}
     known = fields.union(policy.settings.names())
-    for key, _ in settings:
+    pairs = pairs_of("--set", settings)
+    for key, _ in pairs:
         if key not in known:
             raise unknown("setting", key, [*known, "--kv-tokens"])
-    for_engine = {key: value_of(value) for key, value in settings if key in fields}
-    for_scheduler = {key: value for key, value in settings if key not in fields}
+    for_engine = {key: value_of(value) for key, value in pairs if key in fields}
+    for_scheduler = {key: value for key, value in pairs if key not in fields}
     for key, value in limits.items():
         if value is not None:
             if key in for_engine:

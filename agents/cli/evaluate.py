@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from agents.cli.common import app, pairs_of, progress_bar, show, value_of
+from agents.cli.common import AsJson, app, pairs_of, progress_bar, show, value_of
 
 # Arguments of `agents.comparison.compare` that are neither settings of a scenario nor of an environment.
 _OWN = {"policies", "scenario", "scenarios", "grid", "num_episodes", "seed", "metric", "baseline", "env_id"}
@@ -61,7 +61,7 @@ def evaluate(
         str | None, typer.Option(help="the label that differences are to; default: vllm-v1, or the first")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="folder for CSV, JSON and PNG")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare policies, learned and not, on the same requests: means, by how much they are better than a
     baseline, and how sure that is."""

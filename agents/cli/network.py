@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agents.cli.common import app, jsonable, show, show_table
+from agents.cli.common import AsJson, app, jsonable, show, show_table
 
 if TYPE_CHECKING:
     from llmsched_env.networks import Network, NetworkResult
@@ -49,7 +49,7 @@ def network(
         Path | None,
         typer.Option(help="a folder for backlog.png, network.json, and per discipline tables of all calls"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run programs of agents through a network of engines, and print how long they take."""
     import baselines

@@ -11,7 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agents.cli.common import app, interruptible, jsonable, policy_and_engine, show_table, source_of
+from agents.cli.common import (
+    AsJson,
+    BlockSize,
+    KvTokens,
+    MaxNumSeqs,
+    TokenBudget,
+    Workload,
+    app,
+    interruptible,
+    jsonable,
+    policy_and_engine,
+    show_table,
+    source_of,
+)
 
 if TYPE_CHECKING:
     from baselines.optimal import Instance, Solution
@@ -63,7 +76,7 @@ def optimum(
 def bounds(
     instance: Annotated[Path | None, _INSTANCE] = None,
     scenario: Annotated[str | None, _SCENARIO] = None,
-    workload: Annotated[str | None, typer.Option(help="its name; see `llmsched list workloads`")] = None,
+    workload: Workload = None,
     trace: Annotated[Path | None, typer.Option(help="a trace: CSV, CSV.gz or JSONL")] = None,
     seed: Annotated[int, _SEED] = 0,
     num_requests: Annotated[int | None, _FIRST] = None,
@@ -74,18 +87,19 @@ def bounds(
     profile: Annotated[
         str | None, typer.Option(help="of a workload or trace: a cost profile, its name or a JSON file")
     ] = None,
-    kv_tokens: Annotated[int | None, typer.Option(help="KV cache in tokens; default: the profile's")] = None,
-    token_budget: Annotated[int | None, typer.Option(help="most tokens of an iteration")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="most requests running at once")] = None,
-    block_size: Annotated[int | None, typer.Option(help="tokens of a block of the KV cache: 16")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    kv_tokens: KvTokens = None,
+    token_budget: TokenBudget = None,
+    max_num_seqs: MaxNumSeqs = None,
+    block_size: BlockSize = None,
+    as_json: AsJson = False,
 ) -> None:
     """What no schedule of these requests can beat, by each of the bounds."""
     from baselines.optimal.bounds import BOUNDS, best_bound, lower_bounds
     from llmsched_env.errors import InputError
 
-    limits = {"token_budget": token_budget, "max_num_seqs": max_num_seqs, "block_size": block_size}
-    of_engine = {"load": load, "rate": rate, "profile": profile, "kv_tokens": kv_tokens, **limits}
+    limits = {"kv_tokens": kv_tokens, "token_budget": token_budget}
+    limits |= {"max_num_seqs": max_num_seqs, "block_size": block_size}
+    of_engine = {"load": load, "rate": rate, "profile": profile, **limits}
     if workload is None and trace is None:
         for key, value in of_engine.items():
             if value is not None:
@@ -100,7 +114,7 @@ def bounds(
             )
         asked = {"num_requests": num_requests, "load": load, "rate": rate}
         options = {key: value for key, value in asked.items() if value is not None}
-        _, engine = policy_and_engine("vllm-v1", [], kv_tokens, limits)
+        _, engine = policy_and_engine("vllm-v1", None, **limits)
         problem = _changed(
             Instance.of_workload(source_of(workload, trace, seed, options), profile, engine), objective, allow
         )

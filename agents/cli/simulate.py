@@ -9,7 +9,23 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from agents.cli.common import app, jsonable, pairs_of, policy_and_engine, show_table, source_of, value_of
+from agents.cli.common import (
+    AsJson,
+    BlockSize,
+    EngineSettings,
+    KvTokens,
+    MaxNumSeqs,
+    Profile,
+    TokenBudget,
+    Workload,
+    app,
+    jsonable,
+    pairs_of,
+    policy_and_engine,
+    show_table,
+    source_of,
+    value_of,
+)
 
 if TYPE_CHECKING:
     from llmsched_env.simulation import Result
@@ -18,8 +34,8 @@ if TYPE_CHECKING:
 @app.command()
 def simulate(
     scheduler: Annotated[str, typer.Option(help="its name; see `llmsched list schedulers`")],
-    profile: Annotated[str, typer.Option(help="a cost profile: its name, or a JSON file")],
-    workload: Annotated[str | None, typer.Option(help="its name; see `llmsched list workloads`")] = None,
+    profile: Profile,
+    workload: Workload = None,
     trace: Annotated[Path | None, typer.Option(help="a trace: CSV, CSV.gz or JSONL")] = None,
     drop_bad: Annotated[
         bool, typer.Option("--drop-bad", help="leave out what cannot be used of a trace")
@@ -31,18 +47,11 @@ def simulate(
     ] = None,
     rate: Annotated[float | None, typer.Option(help="requests per second, in place of a load")] = None,
     seed: Annotated[int, typer.Option(help="of the workload, and of schedulers that draw lots")] = 0,
-    kv_tokens: Annotated[int | None, typer.Option(help="KV cache in tokens; default: the profile's")] = None,
-    token_budget: Annotated[int | None, typer.Option(help="most tokens of an iteration")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="most requests running at once")] = None,
-    block_size: Annotated[int | None, typer.Option(help="tokens of a block of the KV cache: 16")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="a setting of the scheduler or of the engine; may be given several times",
-        ),
-    ] = None,
+    kv_tokens: KvTokens = None,
+    token_budget: TokenBudget = None,
+    max_num_seqs: MaxNumSeqs = None,
+    block_size: BlockSize = None,
+    settings: EngineSettings = None,
     workload_settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -55,7 +64,7 @@ def simulate(
     tpot_target: Annotated[float | None, typer.Option(help="seconds, for goodput")] = None,
     requests_csv: Annotated[Path | None, typer.Option(help="write a row per request")] = None,
     iterations_csv: Annotated[Path | None, typer.Option(help="write a row per iteration")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run requests through an engine under a scheduler and print the metrics."""
     from llmsched_env import InputError
@@ -82,8 +91,9 @@ def simulate(
     for key in given.keys() & extra.keys():
         raise InputError(f"--workload-set gives {key}, which has an option of its own; give one of them")
     source = source_of(workload, trace, seed, {**given, **extra})
-    limits = {"token_budget": token_budget, "max_num_seqs": max_num_seqs, "block_size": block_size}
-    policy, engine = policy_and_engine(scheduler, pairs_of("--set", settings), kv_tokens, limits)
+    limits = {"kv_tokens": kv_tokens, "token_budget": token_budget}
+    limits |= {"max_num_seqs": max_num_seqs, "block_size": block_size}
+    policy, engine = policy_and_engine(scheduler, settings, **limits)
     result = run(
         source,
         policy,

@@ -10,27 +10,40 @@ from typing import Annotated, Any
 
 import typer
 
-from agents.cli.common import app, jsonable, pairs_of, policy_and_engine, show, source_of, value_of
+from agents.cli.common import (
+    AsJson,
+    BlockSize,
+    EngineSettings,
+    KvTokens,
+    MaxNumSeqs,
+    Profile,
+    TokenBudget,
+    Workload,
+    app,
+    jsonable,
+    pairs_of,
+    policy_and_engine,
+    show,
+    source_of,
+    value_of,
+)
 
 
 @app.command()
 def stability(
     scheduler: Annotated[list[str], typer.Option(help="its name; repeatable, or with commas between")],
-    profile: Annotated[str, typer.Option(help="a cost profile: its name, or a JSON file")],
-    workload: Annotated[str | None, typer.Option(help="its name; see `llmsched list workloads`")] = None,
+    profile: Profile,
+    workload: Workload = None,
     trace: Annotated[Path | None, typer.Option(help="a trace whose requests are drawn at random")] = None,
     rate: Annotated[
         float | None, typer.Option(help="requests per second to judge, in place of a search")
     ] = None,
     load: Annotated[float | None, typer.Option(help="the same as a share of the limit of each")] = None,
-    token_budget: Annotated[int | None, typer.Option(help="most tokens of an iteration")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="most requests running at once")] = None,
-    kv_tokens: Annotated[int | None, typer.Option(help="KV cache in tokens; default: the profile's")] = None,
-    block_size: Annotated[int | None, typer.Option(help="tokens of a block of the KV cache: 16")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="a setting of schedulers or engine; repeatable"),
-    ] = None,
+    token_budget: TokenBudget = None,
+    max_num_seqs: MaxNumSeqs = None,
+    kv_tokens: KvTokens = None,
+    block_size: BlockSize = None,
+    settings: EngineSettings = None,
     workload_settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -62,7 +75,7 @@ def stability(
     ] = "0.25,0.5,0.75,1",
     output: Annotated[Path | None, typer.Option(help="folder for CSV and PNG")] = None,
     jobs: Annotated[int, typer.Option(help="runs at once")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Find the largest rate at which schedulers are stable, or judge one, by the drift of the backlog."""
     from baselines import stability as tests
@@ -83,10 +96,11 @@ def stability(
     procedure = tests.Procedure(seeds=seeds, confidence=confidence, start=start, **given)
     names = _names(scheduler)
     source = _recipe(workload, trace, workload_settings)
-    limits = {"token_budget": token_budget, "max_num_seqs": max_num_seqs, "block_size": block_size}
+    limits = {"kv_tokens": kv_tokens, "token_budget": token_budget}
+    limits |= {"max_num_seqs": max_num_seqs, "block_size": block_size}
     cases = {}
     for name in names:
-        policy, engine = policy_and_engine(name, pairs_of("--set", settings), kv_tokens, limits)
+        policy, engine = policy_and_engine(name, settings, **limits)
         cases[name] = tests.Case.of(policy, source, profile, engine, blocking=blocking)
     found: dict[str, Any] = {}
     more: dict[str, list[Any]] = {name: [] for name in names}
@@ -190,27 +204,24 @@ def conserving(
         str | None,
         typer.Option(help="instead, a folder of a run or an agent, or pretrained:NAME"),
     ] = None,
-    workload: Annotated[str | None, typer.Option(help="its name; see `llmsched list workloads`")] = None,
+    workload: Workload = None,
     trace: Annotated[Path | None, typer.Option(help="a trace: CSV, CSV.gz or JSONL")] = None,
     num_requests: Annotated[int, typer.Option(help="how many of a workload")] = 1000,
     rate: Annotated[float | None, typer.Option(help="requests per second")] = None,
     load: Annotated[float | None, typer.Option(help="the same as a share of the limit; default: 1.1")] = None,
     scenario: Annotated[str | None, typer.Option(help="of the agent; default: its own")] = None,
     seed: Annotated[int, typer.Option(help="of the requests, or of the agent's episode")] = 0,
-    token_budget: Annotated[int | None, typer.Option(help="most tokens of an iteration")] = None,
-    max_num_seqs: Annotated[int | None, typer.Option(help="most requests running at once")] = None,
-    kv_tokens: Annotated[int | None, typer.Option(help="KV cache in tokens; default: the profile's")] = None,
-    block_size: Annotated[int | None, typer.Option(help="tokens of a block of the KV cache: 16")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="a setting of schedulers or engine; repeatable"),
-    ] = None,
+    token_budget: TokenBudget = None,
+    max_num_seqs: MaxNumSeqs = None,
+    kv_tokens: KvTokens = None,
+    block_size: BlockSize = None,
+    settings: EngineSettings = None,
     workload_settings: Annotated[
         list[str] | None,
         typer.Option("--workload-set", metavar="KEY=VALUE", help="as of stability"),
     ] = None,
     k: Annotated[int | None, typer.Option("--k", help="K of K-FCFS; default: the token budget")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Watch schedulers, or an agent, and show the first batch that they could have filled and did not."""
     from baselines import conserving as rules
@@ -235,9 +246,10 @@ def conserving(
         if scenario is not None:
             raise InputError("--scenario is of an --agent; a scheduler takes --workload and --profile")
         source = _recipe(workload, trace, workload_settings)
-        limits = {"token_budget": token_budget, "max_num_seqs": max_num_seqs, "block_size": block_size}
+        limits = {"kv_tokens": kv_tokens, "token_budget": token_budget}
+        limits |= {"max_num_seqs": max_num_seqs, "block_size": block_size}
         for name in _names(scheduler):
-            policy, engine = policy_and_engine(name, pairs_of("--set", settings), kv_tokens, limits)
+            policy, engine = policy_and_engine(name, settings, **limits)
             case = Case.of(policy, source, profile, engine)
             at = rate if rate is not None else case.limit.rps * (1.1 if load is None else load)
             if not at > 0 or num_requests < 1:

@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from agents.cli.common import app, interruptible, jsonable, pairs_of, progress_bar, show, show_table, value_of
+from agents.cli.common import (
+    AsJson,
+    app,
+    interruptible,
+    jsonable,
+    pairs_of,
+    progress_bar,
+    show,
+    show_table,
+    value_of,
+)
 
 
 @app.command()
@@ -31,7 +41,7 @@ def tune(
             "none; repeatable",
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Tune a priority rule by simulation (CMA-ES), and compare it with vLLM V1 and the best named scheduler.
     Ctrl-C ends the search: what it has found is written, and the exit code is 130."""
