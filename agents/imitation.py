@@ -61,7 +61,8 @@ def demonstrate(
     """Let a teacher play episodes, or say what it would do in those that a student plays.
 
     Args:
-        teacher: a scheduler's name, or "optimum": the best schedule that `baselines.optimal` finds.
+        teacher: a scheduler's name, or "optimum": the best schedule that `baselines.optimal` finds in 20 s an
+            episode; where that is too little, how far it gets depends on the machine.
         env_id, scenario, options: of the environment; flat observations.
         seed: of the first episode. discount_rate: 1/s. scale: divides rewards, as in `SchedulingPPO`.
         student: its actions, of observations (n, D) and masks (n, A); None: the teacher plays.

@@ -102,7 +102,11 @@ def resume(
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Run:
-    """Go on with the run in a folder, from its last checkpoint; arguments and errors as for `train`."""
+    """Go on with the run in a folder, from its last checkpoint; arguments and errors as for `train`.
+
+    A checkpoint holds the state of the environments, of which only the shapes are checked: go on with runs of
+    your own only. Agents (`agents.agent`) are safe to load from anybody.
+    """
     run = Run.open(folder)
     return Trainer(run.config).run(run, progress, stop)
 

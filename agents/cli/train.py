@@ -84,7 +84,10 @@ def train(
         folder = run or _folder(settled).with_name(f"{_folder(settled).name}-{settled.seed}")
     if not as_json:
         print(f"{folder}: {settled.steps:,} decisions of {settled.scenario} in {settled.env}")
-        taught = f", {settled.teacher} to be imitated" if settled.teacher else ""
+        rounds, episodes = settled.teacher_rounds + 1, settled.teacher_episodes
+        taught = (
+            f", {settled.teacher} to be imitated ({rounds} x {episodes} episodes)" if settled.teacher else ""
+        )
         print(f"first: code to be compiled (a minute or two, once){taught}, a validation", flush=True)
     with _bar(settled, as_json) as show:
         try:

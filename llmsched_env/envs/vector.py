@@ -293,7 +293,8 @@ class SchedulingVectorEnv(NativeVectorEnv):
 
     def load_state(self, state: Mapping[str, NDArray[Any]]) -> Any:
         """Go on from what `save_state` of an environment of the same problem, options and size gave; returns
-        what is seen.
+        what is seen. Only shapes are checked: what the arrays hold is memory of compiled code, so load none
+        from a stranger.
 
         Raises:
             InputError: if it is of another kind of environment, or damaged; this one is as it was then.
