@@ -13,7 +13,7 @@ differences are paired by episode.
     gap        mean latency: the share of the way from vLLM V1 to the best known schedules
     matrix     what was trained on one scenario, on the others; at other loads, on other GPUs, with other
                predictions of lengths
-    ablations  azure-code without what its preset has: the pointer network, masks, the teacher, its
+    ablations  the control without what its preset has: the pointer network, masks, the teacher, its
                corrections, what comes after it, the leave-one-out baseline
     curves     what each training validated at, as a table and a picture (RUNS/curves.png), and how many
                collapsed
@@ -111,13 +111,13 @@ class Report:
             yield matrix(policies, ["azure-conv"], {key: values}, episodes, metric="goodput")
 
     def ablations(self) -> Iterator[Comparison]:
-        base = Config.preset("azure-code")
+        base = Config.preset("known-lengths")
         cases: dict[str, dict[str, Any]] = {
             "as preset": {},
             "mlp": {"network": "mlp"},
             "no masks in training": {"algo": "ppo"},
             "no teacher": {"teacher": "", "teacher_rounds": 0},
-            "no corrections": {"teacher_rounds": 0, "teacher_episodes": 80},
+            "no corrections": {"teacher_rounds": 0, "teacher_episodes": 64},
             "teacher alone": {"steps": 1, "learning_rate": 1e-8},
             "no leave-one-out": {"lanes_per_trace": 1},
         }
@@ -126,13 +126,14 @@ class Report:
                 raise unknown("case", label, cases)
         policies = {
             label: self.trained(
-                f"ablation-{label.replace(' ', '-')}" if changes else "azure-code", base.replace(**changes)
+                f"ablation-{label.replace(' ', '-')}" if changes else "known-lengths",
+                base.replace(**changes),
             )
             for label, changes in cases.items()
             if not self.only or label in self.only
         }
         baseline = "as preset" if "as preset" in policies else next(iter(policies))
-        yield compare(policies, base.scenario, self.episodes, metric=base.metric, baseline=baseline)
+        yield compare(policies, base.scenario, self.episodes, baseline=baseline, length_info="oracle")
 
     def curves(self) -> Iterator[Curves]:
         names = ["known-lengths", *RIVALS]
