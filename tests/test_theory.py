@@ -57,6 +57,15 @@ def test_a_budget_between_the_steps() -> None:
     assert best_batch(lambda b: 0.01 + 1e-6 * b**2, 4000)[0] == 100
 
 
+@pytest.mark.parametrize(("budget", "kind"), [(512, "exact"), (600, "bound"), (640, "exact"), (130, "bound")])
+def test_exact_only_where_a_full_batch_is_the_best(budget: int, kind: str) -> None:
+    """Work-conserving schedulers fill the batch: between two steps that is slower than the limit."""
+    m = workloads.get("fixed-100-101").moments()
+    assert limit(m, DAI, EngineConfig(token_budget=budget)).kind == kind
+    flat = tokens_only(c=0.0, a=1.0, b0=100)  # as good at each whole step
+    assert limit(m, flat, EngineConfig(token_budget=1000)).kind == "exact"
+
+
 def test_kinds_of_limits() -> None:
     m = workloads.get("azure-conv").moments()
     engine = EngineConfig(token_budget=2048, max_num_seqs=256)
@@ -189,6 +198,16 @@ def test_full_slots(budget: int, first: bool, ms: float) -> None:
     """Section 6 with k_max 100 and requests of (290, 990)."""
     rate = full_slots_rps(T, 290, 990, budget, 100, decodes_first=first)
     assert 1000 / rate == pytest.approx(ms, abs=0.06)
+
+
+def test_closed_forms_refuse() -> None:
+    for bad in ((0, 112, 512, 100), (129, -1, 512, 100), (129, 112, 0, 100), (129, 112, 512, 0)):
+        with pytest.raises(InputError, match="must be at least"):
+            faster_transformer_rps(T, *bad)
+        with pytest.raises(InputError, match="must be at least"):
+            vanilla_vllm_rps(T, *bad)
+        with pytest.raises(InputError, match="must be at least"):
+            full_slots_rps(T, *bad, decodes_first=True)
 
 
 # ------------------------------------------------------------------------------ the region

@@ -77,10 +77,10 @@ class Limit(Rates):
         tokens: of the batch at the smaller of the two, and how long it takes.
         iteration_s: see `tokens`.
         kind: "exact": Theorem 2 applies, so that every work-conserving scheduler is stable up to here: time
-            depends on the tokens of a batch alone, memory is not what limits it, nor are slots, of which
-            there are as many as a batch may have tokens. "bound": no scheduler is stable above; whether one
-            is up to here is open. "estimate": a fixed point at the mean batch, which a scheduler that mixes
-            unlike batches may pass.
+            depends on the tokens of a batch alone, a full batch is the best one, memory is not what limits
+            it, nor are slots, of which there are as many as a batch may have tokens. "bound": no scheduler
+            is stable above; whether one is up to here is open. "estimate": a fixed point at the mean batch,
+            which a scheduler that mixes unlike batches may pass.
     """
 
     tokens: float
@@ -148,9 +148,12 @@ def limit(moments: Moments, profile: Profile, engine: EngineConfig) -> Limit:
     by_compute, by_memory = best(compute), best(memory)
     rate, share, seconds = min(by_compute, by_memory)
     kind = "bound" if profile.form in _CONVEX else "estimate"
-    if profile.form in _TOKENS_ONLY and profile.cpu_s_per_request == 0 and rate == best(budget)[0]:
-        capped = engine.max_num_seqs is not None and engine.max_num_seqs < (engine.token_budget or 0)
-        kind = "bound" if capped else "exact"
+    by_tokens = profile.form in _TOKENS_ONLY and profile.cpu_s_per_request == 0
+    if by_tokens and engine.token_budget is not None and rate == best(budget)[0]:
+        capped = engine.max_num_seqs is not None and engine.max_num_seqs < engine.token_budget
+        # Who has to fill the batch serves this, which is less where the budget lies between two steps.
+        full = budget / float(profile.time(engine.token_budget, 0, 0, 0, 0, 0))
+        kind = "bound" if capped or full < rate * (1 - 1e-9) else "exact"
     return Limit(by_compute[0], by_memory[0], share * work, seconds, kind)
 
 
@@ -207,6 +210,7 @@ def faster_transformer_rps(
     Args:
         prefill, decodes: v_p and v_d. max_batch: k_max, requests in a batch; None: no limit.
     """
+    _check_sizes(prefill, decodes, token_budget, max_batch)
     together = _whole_prompts(prefill, token_budget, max_batch)
     if together == 0:
         return 0.0
@@ -226,6 +230,7 @@ def vanilla_vllm_rps(
     t_b / b) < 1 with k, the mean number of prompts in a batch, not guessed. It is the limit as long as
     prefills alone are stable; that the chain does not depend on how many decode, beyond the first b_max,
     makes the argument that of a saturated queue. Not in the paper."""
+    _check_sizes(prefill, decodes, token_budget, max_batch)
     together = _whole_prompts(prefill, token_budget, max_batch)
     if together == 0:
         return 0.0
@@ -289,7 +294,6 @@ def _poisson(mean: float, size: int) -> NDArray[np.float64]:
 
 def _whole_prompts(prefill: int, token_budget: int, max_batch: int | None) -> int:
     """How many prompts fit in a batch uncut."""
-    _at_least_one(prefill=prefill, token_budget=token_budget)
     fit = token_budget // prefill
     return fit if max_batch is None else min(fit, max_batch)
 
@@ -309,7 +313,7 @@ def full_slots_rps(
     Assumes requests of one size, and that one is prefilled at a time. Where answers are all of one length it
     is a few per cent too low for large budgets: who was prefilled together also ends together.
     """
-    _at_least_one(prefill=prefill, token_budget=token_budget, max_batch=max_batch)
+    _check_sizes(prefill, decodes, token_budget, max_batch)
     left, seconds, served = prefill, 0.0, 0
     while left > 0:
         if decodes_first:
@@ -325,10 +329,13 @@ def full_slots_rps(
     return 1 / (seconds + max(0.0, decodes - served) / batch * float(time(batch)))
 
 
-def _at_least_one(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, not {value}")
+def _check_sizes(prefill: int, decodes: int, token_budget: int, max_batch: int | None) -> None:
+    least = {"prefill": (prefill, 1), "decodes": (decodes, 0), "token_budget": (token_budget, 1)}
+    if max_batch is not None:
+        least["max_batch"] = (max_batch, 1)
+    for name, (value, smallest) in least.items():
+        if not value >= smallest:
+            raise InputError(f"{name} must be at least {smallest}, not {value}")
 
 
 def _positive(seconds: NDArray[np.float64]) -> NDArray[np.float64]:
