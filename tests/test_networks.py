@@ -277,6 +277,11 @@ def test_bad_runs():
         ("samples must be a whole number", {"jobs": 1, "samples": 1}),
         ("only plas and atlas take a number of tokens", {"discipline": "oldest:3", "jobs": 1}),
         ("no job arrives within", {"horizon_s": 1e-9}),
+        ("horizon_s must be positive", {"horizon_s": "9"}),
+        ("jobs are more than fit in memory", {"horizon_s": 1e13}),
+        ("jobs are more than fit in memory", {"jobs": 2_000_000_000}),
+        ("samples must be a whole number", {"jobs": 1, "samples": 10**9}),
+        ("quantum must be a whole number", {"jobs": 1, "discipline": f"plas:{10**20}"}),
     ):
         with pytest.raises(InputError, match=problem):
             simulate_network(network, **arguments)

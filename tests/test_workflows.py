@@ -273,6 +273,8 @@ def test_bad_parts():
         ("probability must be a number from 0 to 1", lambda: Edge("a", "b", 1.5)),
         ("max_visits must be a whole number", lambda: node("a", max_visits=0)),
         ("weight must be a positive number", lambda: node("a", weight=-1.0)),
+        ("priority must be a whole number", lambda: node("a", priority=2**31)),
+        ("priority must be a whole number", lambda: node("a", priority=0.5)),
         ("unknown delay 'exp'", lambda: delays.get("exp:3")),
         ("delay uniform: low 3 is above high 1", lambda: delays.get("uniform:3,1")),
         ("mean must be a finite number above 0", lambda: delays.get("exponential:0")),

@@ -41,8 +41,9 @@ class Discipline:
     def __post_init__(self) -> None:
         if self.keys not in ("priority", "left"):
             raise unknown("keys of a discipline", self.keys, ("priority", "left"))
-        if isinstance(self.quantum, bool) or not isinstance(self.quantum, int) or self.quantum < 1:
-            raise InputError(f"quantum must be a whole number of tokens, at least 1, not {self.quantum!r}")
+        q = self.quantum
+        if isinstance(q, bool) or not isinstance(q, int) or not 1 <= q < 2**31:
+            raise InputError(f"quantum must be a whole number of tokens from 1 to 2^31 - 1, not {q!r}")
 
     @property
     def token_level(self) -> bool:

@@ -41,7 +41,12 @@ class PoolLoad:
     @property
     def load(self) -> float:
         """The nominal load. Above 1 the network is unstable, whatever the scheduler and the routing; below 1
-        for each pool is not enough where routes have cycles."""
+        for each pool is not enough where routes have cycles.
+
+        The former assumes that time depends on the tokens of a batch alone, or that it is convex
+        (`theory.limits.limit`) and the stations of the pool are alike: of unlike ones, each might get the
+        calls that it is best at. Else it is an estimate.
+        """
         return self.tokens_per_s / self.capacity_tokens_per_s
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from llmsched_env.scheduling import Routine, Scheduler, Settings
 
 ROUTINGS: dict[str, Routing] = {r.name.lower().replace("_", "-"): r for r in Routing}
 """Routing rules by name; see `core.state.Routing`."""
+
+_MOST_JOBS = 100_000_000
 
 TOKEN_LEVEL = Scheduler(
     "token-level",
@@ -166,13 +169,20 @@ class Network:
         """Jobs of its workflows: so many, or those that arrive up to the horizon; the same for a seed.
 
         Raises:
-            InputError: if neither says how many, or none arrives.
+            InputError: if neither says how many, none arrives, or more than 100 million in the mean.
         """
         _whole("seed", seed, least=0)
         if num_jobs is not None:
             _whole("num_jobs", num_jobs, least=1)
-        if not horizon_s > 0:
+        if not (isinstance(horizon_s, Real) and horizon_s > 0):
             raise InputError(f"horizon_s must be positive seconds, not {horizon_s!r}")
+        rate = sum(workflow.rate for workflow in self.workflows)
+        mean = horizon_s * rate if num_jobs is None else num_jobs
+        if _MOST_JOBS < mean < float("inf"):
+            raise self._error(
+                f"{mean:.3g} jobs are more than fit in memory; draw up to {_MOST_JOBS:,} "
+                f"({_MOST_JOBS / rate:.3g} s)"
+            )
         return draw(self.workflows, num_jobs=num_jobs, horizon_s=horizon_s, seed=seed)
 
     def scaled(self, factor: float) -> Network:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from llmsched_env.simulation import _broken_rule, _fitted, _misfit
 if TYPE_CHECKING:
     import pandas as pd
 
+_MOST_SAMPLES = 10_000_000
 _OFTEN = 1_000_000  # moments between two looks at the keyboard
 
 
@@ -227,10 +229,10 @@ def prepare(
     if not isinstance(network, Network):
         raise InputError(f"{network!r} is not a Network; pass networks.get({str(network)!r})")
     found = disciplines.get(discipline)
-    if math.isnan(horizon_s) or horizon_s <= 0:
+    if not (isinstance(horizon_s, Real) and horizon_s > 0):
         raise InputError(f"horizon_s must be positive seconds, not {horizon_s!r}")
-    if isinstance(samples, bool) or not isinstance(samples, int) or not 2 <= samples < 2**31:
-        raise InputError(f"samples must be a whole number from 2, not {samples!r}")
+    if isinstance(samples, bool) or not isinstance(samples, int) or not 2 <= samples <= _MOST_SAMPLES:
+        raise InputError(f"samples must be a whole number from 2 to {_MOST_SAMPLES}, not {samples!r}")
     if not isinstance(jobs, Jobs):
         jobs = network.draw(jobs, horizon_s=horizon_s, seed=seed)
     elif jobs.node.max(initial=0) >= len(network.classes):

@@ -69,6 +69,11 @@ class Node:
             raise InputError(f"a node is called {self.name!r}; give it a name other than {END!r}")
         if not (isinstance(self.weight, int | float) and 0 < self.weight < math.inf):
             raise InputError(f"node {self.name}: weight must be a positive number, not {self.weight!r}")
+        rank = self.priority
+        if isinstance(rank, bool) or not isinstance(rank, int) or not -(2**31) <= rank < 2**31:
+            raise InputError(
+                f"node {self.name}: priority must be a whole number from -2^31 to 2^31 - 1, not {rank!r}"
+            )
         visits = self.max_visits
         if visits is not None and (isinstance(visits, bool) or not isinstance(visits, int) or visits < 1):
             raise InputError(f"node {self.name}: max_visits must be a whole number >= 1, not {visits!r}")
