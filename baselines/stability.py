@@ -60,7 +60,9 @@ STARTS = ("filled", "empty")
 STABLE, UNSTABLE, UNDECIDED = "stable", "unstable", "undecided"
 
 _MOST_FIRST = 8  # times the requests asked for, in a first look
-_SAMPLE = 2**16  # requests by which the share of those that can be served is known
+# Requests of a recipe by which it is known whether all of them can be served; and if not, how many, and how
+# large. An error there would shift the drifts of all seeds alike, which no interval shows.
+_SAMPLE, _LARGE_SAMPLE = 2**16, 2**20
 _DRAINED = 0.5  # of the first backlog: from here on what is left might be what there always is
 # Slope over the second half of a run, by least squares, of the mean of a critical random walk that is kept
 # from falling below 0 and began there: this many standard deviations of what arrives in a unit of time, over
@@ -156,9 +158,10 @@ def drift_of(
 def _slope(x: NDArray[np.float64], y: NDArray[np.float64], begin: float) -> float:
     """Of y over x, by least squares, from x = `begin` on."""
     some = x >= begin
-    x, y = x[some] - x[some].mean(), y[some]
+    unit = x[-1]  # squares of very short times would vanish
+    x, y = (x[some] - x[some].mean()) / unit, y[some]
     spread = float(x @ x)
-    return float(x @ y) / spread if spread > 0 else 0.0
+    return float(x @ y / spread / unit) if spread > 0 else 0.0
 
 
 def critical_drift(time_s: Sequence[NDArray[np.float64]], arrived: Sequence[NDArray[np.float64]]) -> float:
@@ -278,17 +281,29 @@ class Case:
     def _sized(self) -> tuple[float, Moments]:
         """The share of requests that can be served, and the moments of those, or of all if they all can, or
         none."""
-        sample = self._sizes(np.random.default_rng(0), _SAMPLE)
+        sample = self._sample(_SAMPLE)
         kept = servable(sample, self.scheduler, self.profile, self.engine)
         if kept.all() or self.blocking or not kept.any():
             return float(kept.mean()), self.workload.moments()
+        if isinstance(self.workload, Synthetic):
+            sample = self._sample(_LARGE_SAMPLE)
+            kept = servable(sample, self.scheduler, self.profile, self.engine)
         return float(kept.mean()), Moments.of(sample.prompt_tokens[kept], sample.output_tokens[kept])
+
+    def _sample(self, n: int) -> Requests:
+        """n requests of a recipe, or all of a trace once."""
+        rng = np.random.default_rng(0)
+        return self._sizes(rng, n) if isinstance(self.workload, Synthetic) else self._recorded(rng)
+
+    def _recorded(self, rng: np.random.Generator) -> Requests:
+        """The requests of the trace, with predictions and declared lengths drawn anew if they are drawn."""
+        return self.workload.replace(load=None, rate=None).draw(rng=rng)
 
     def _sizes(self, rng: np.random.Generator, n: int) -> Requests:
         """n requests drawn at random, at one a second."""
         if isinstance(self.workload, Synthetic):
             return self.workload.replace(num_requests=n, rate=1.0).draw(rng=rng)
-        recorded = self.workload.replace(load=None, rate=None).draw(rng=rng)
+        recorded = self._recorded(rng)
         index = rng.integers(len(recorded), size=n)
         columns = {f.name: getattr(recorded, f.name) for f in dataclasses.fields(recorded)}
         columns |= {"names": None, "arrival_s": np.zeros(len(recorded))}
