@@ -307,6 +307,8 @@ def test_command_watches_an_agent(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "give --scheduler NAME"),
         (["--agent", "x", "--scheduler", "orca"], "an --agent has its scenario"),
+        (["--agent", "x", "--rate", "5"], "leave --rate out"),
+        (["--agent", "x", "--token-budget", "512"], "leave --token-budget out"),
         (["--scheduler", "orca", "--profile", DAI], "give either --workload NAME or --trace FILE"),
         (["--scheduler", "orca", "--profile", DAI, "--workload", "fixed-1-1", "--rate", "0"], "positive"),
         (["--scheduler", "orca", "--profile", DAI, "--workload", "fixed-1-1", "--k", "0"], "at least 1"),

@@ -34,7 +34,9 @@ def network(
     seed: Annotated[int, typer.Option(help="of the programs, of routing and of lots")] = 0,
     routing: Annotated[
         str | None,
-        typer.Option(help="of all pools: jsq, least-time, round-robin, random, power-of-two, by-program"),
+        typer.Option(
+            help="of all pools: jsq, least-time, round-robin, random, power-of-two, by-class, by-program"
+        ),
     ] = None,
     schedulers: Annotated[
         list[str] | None,

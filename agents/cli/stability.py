@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,8 +72,12 @@ def stability(
         bool, typer.Option("--blocking", help="keep requests that can never be served, to block the queue")
     ] = False,
     loads: Annotated[
-        str, typer.Option(help="further shares of the limit to test after a search, for the pictures")
-    ] = "0.25,0.5,0.75,1",
+        str | None,
+        typer.Option(
+            help="further shares of the limit to test after a search, for the pictures of --output: "
+            "0.25,0.5,0.75,1"
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="folder for CSV and PNG")] = None,
     jobs: Annotated[int, typer.Option(help="runs at once")] = 1,
     as_json: AsJson = False,
@@ -86,7 +91,13 @@ def stability(
         raise InputError("give either --rate or --load, not both")
     if load is not None and not load > 0:
         raise InputError(f"--load must be a positive share of the limit, not {load}")
-    further = _shares(loads)
+    if rate is not None or load is not None:
+        for option, value in (("tolerance", tolerance), ("loads", loads)):
+            if value is not None:
+                raise InputError(f"--{option} is of a search; leave it out, or --rate and --load")
+    elif loads is not None and output is None:
+        raise InputError("--loads is for pictures; give --output FOLDER with it")
+    further = _shares("0.25,0.5,0.75,1" if loads is None else loads)
     if jobs < 1:
         raise InputError(f"--jobs must be at least 1, not {jobs}")
     if output is not None:
@@ -206,7 +217,7 @@ def conserving(
     ] = None,
     workload: Workload = None,
     trace: Annotated[Path | None, typer.Option(help="a trace: CSV, CSV.gz or JSONL")] = None,
-    num_requests: Annotated[int, typer.Option(help="how many of a workload")] = 1000,
+    num_requests: Annotated[int | None, typer.Option(help="how many of a workload: 1000")] = None,
     rate: Annotated[float | None, typer.Option(help="requests per second")] = None,
     load: Annotated[float | None, typer.Option(help="the same as a share of the limit; default: 1.1")] = None,
     scenario: Annotated[str | None, typer.Option(help="of the agent; default: its own")] = None,
@@ -232,6 +243,17 @@ def conserving(
     if agent is not None:
         if scheduler or profile or workload or trace:
             raise InputError("an --agent has its scenario; leave --scheduler, --profile and --workload out")
+        others: dict[str, Any] = {
+            "num-requests": num_requests,
+            "rate": rate,
+            "load": load,
+            "token-budget": token_budget,
+        }
+        others |= {"max-num-seqs": max_num_seqs, "kv-tokens": kv_tokens, "block-size": block_size}
+        others |= {"set": settings or None, "workload-set": workload_settings or None}
+        for option, value in others.items():
+            if value is not None:
+                raise InputError(f"an --agent has its scenario; leave --{option} out, or name a --scenario")
         from agents.agent import Agent
         from agents.watching import episode
 
@@ -252,9 +274,10 @@ def conserving(
             policy, engine = policy_and_engine(name, settings, **limits)
             case = Case.of(policy, source, profile, engine)
             at = rate if rate is not None else case.limit.rps * (1.1 if load is None else load)
-            if not at > 0 or num_requests < 1:
+            count = 1000 if num_requests is None else num_requests
+            if not 0 < at < math.inf or count < 1:
                 raise InputError("--rate, --load and --num-requests must be positive")
-            drawn = case.draw(at, num_requests, 0, seed)
+            drawn = case.draw(at, count, 0, seed)
             found[name] = rules.observe(policy, drawn, profile, engine, k=k, seed=seed)
     if as_json:
         each = [{"scheduler": name, **one.to_dict()} for name, one in found.items()]
