@@ -339,6 +339,7 @@ class Part:
 
         with ThreadPoolExecutor(o.jobs) as pool:
             list(pool.map(work, left))
+        tables: list[str] = []
         for profile in o.profiles:
             rows = []
             for name in names:
@@ -350,8 +351,13 @@ class Part:
                 "m stable from empty at 1.1 times that rate, (t) share of requests turned away"
             )
             show_table(title, ("scheduler", *kinds), rows)
+            if o.markdown is not None:
+                tables.append(markdown(title, ("scheduler", *kinds), rows))
             self._absolute(profile, kinds, names)
             self._failures(profile, kinds, names)
+        if o.markdown is not None:
+            with writing(o.markdown) as temporary:
+                temporary.write_text("# Largest stable rates\n\n" + "\n".join(tables), encoding="utf-8")
 
     def _realistic(self, job: tuple[str, str, str], procedure: Procedure) -> dict[str, Any]:
         profile, kind, name = job
@@ -440,6 +446,13 @@ def summary(row: dict[str, Any]) -> str:
     return f"{100 * low:.0f}-{end}{marks}{away}"
 
 
+def markdown(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table with its title."""
+    lines = [columns, ("---",) + ("--:",) * (len(columns) - 1), *rows]
+    cells = ("| " + " | ".join(line).replace("*", "\\*") + " |" for line in lines)
+    return title.replace("*", "\\*") + ".\n\n" + "\n".join(cells) + "\n"
+
+
 def fig8_batches(name: str, budget: int) -> str:
     """The batches after the first, in which A, B and C are prefilled."""
     work = Requests.of([0, 0, 0, 1.5, 1.5], np.ones(5), [3, 5, 4, 2, 2], names=list("ABCDE"))
@@ -486,6 +499,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--confidence", type=float, default=0.95)
     parser.add_argument("--jobs", type=int, default=1, help="runs at once")
     parser.add_argument("--json", type=Path, help="write the results here; realistic goes on from it")
+    parser.add_argument("--markdown", type=Path, help="write the tables of realistic here")
     parser.add_argument("--profiles", type=_names, default=["a100-llama3-8b", "a100-llama2-7b"])
     parser.add_argument("--workloads", type=_names, help="default: all")
     parser.add_argument("--schedulers", type=_names, help="default: all but the paper's; some: a dozen")
@@ -500,8 +514,9 @@ def arguments() -> argparse.Namespace:
         baselines.get(name)
     for name in options.workloads or ():
         workloads.get(name)
-    if options.json is not None:
-        require_writable_file(options.json)
+    for path in (options.json, options.markdown):
+        if path is not None:
+            require_writable_file(path)
     return options
 
 
