@@ -21,6 +21,7 @@ from llmsched_env.networks import (
     Workflow,
     disciplines,
     simulate_network,
+    virtual_stations,
 )
 from llmsched_env.workloads.lengths import Fixed, Lengths
 
@@ -256,6 +257,25 @@ def test_nominal_loads():
     assert pair.capacity_tokens_per_s == pytest.approx(2 * 3342.9, rel=1e-4) and pair.load == pytest.approx(
         0.9
     )
+
+
+@pytest.mark.parametrize("load", [0.4, 0.9])
+def test_the_virtual_station_of_rybko_and_stolyar(load: float) -> None:
+    network = networks.get("rybko-stolyar", load=load)
+    (one,) = virtual_stations(network, "exit-first")
+    assert len(one.classes) == 2
+    assert one.load == pytest.approx(load / 0.5588, rel=1e-3)  # 544 of 608 tokens are of the second calls
+    assert virtual_stations(network, "entry-first") == ()
+    assert virtual_stations(network, "fcfs") == ()
+
+
+def test_no_virtual_station_is_claimed_where_none_is_known() -> None:
+    for name in ("fork-join", "reflection", "jsq", "disaggregation"):
+        assert virtual_stations(networks.get(name), "exit-first") == ()
+    scheduled = networks.get("rybko-stolyar").scheduled(baselines.get("sarathi"))
+    assert virtual_stations(scheduled, "exit-first") == ()
+    with pytest.raises(InputError, match="unknown discipline"):
+        virtual_stations(scheduled, "exit-frist")
 
 
 def test_at_load_scales_the_busiest_pool():

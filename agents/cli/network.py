@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -101,7 +102,7 @@ def _scheduled(network: Network, schedulers: list[str]) -> Network:
 
 
 def _described(network: Network, results: dict[str, NetworkResult], seed: int) -> dict[str, Any]:
-    from llmsched_env.networks import loads
+    from llmsched_env.networks import loads, virtual_stations
 
     return {
         "network": network.name,
@@ -115,12 +116,16 @@ def _described(network: Network, results: dict[str, NetworkResult], seed: int) -
             }
             for pool in loads(network)
         },
-        "disciplines": {name: result.metrics() for name, result in results.items()},
+        "disciplines": {
+            name: result.metrics()
+            | {"virtual_stations": [dataclasses.asdict(one) for one in virtual_stations(network, name)]}
+            for name, result in results.items()
+        },
     }
 
 
 def _print(network: Network, results: dict[str, NetworkResult]) -> None:
-    from llmsched_env.networks import loads
+    from llmsched_env.networks import loads, virtual_stations
 
     print(network.name + (f": {network.summary}" if network.summary else ""))
     rows = [
@@ -150,6 +155,10 @@ def _print(network: Network, results: dict[str, NetworkResult]) -> None:
     ends = sorted({f"{result.end_s:,.1f}" for result in results.values()})
     show(f"after {' / '.join(ends)} s; backlogs in tokens, latencies of the programs that are done")
     show("busy: time in which a batch ran, be it small; load: tokens, as a share of what full batches serve")
+    for name in results:
+        for one in virtual_stations(network, name):
+            pair, so = " and ".join(one.classes), "unstable" if one.load > 1 else "below 1 that does no harm"
+            show(f"{name}: {pair} come to exclude each other; their load together is {one.load:.3f}: {so}")
     if max(pool.load for pool in loads(network)) >= 1.0:
         show("a pool has a nominal load of 1 or more: what waits grows for as long as programs come")
 

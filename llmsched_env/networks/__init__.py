@@ -18,6 +18,7 @@ from llmsched_env.networks.load import PoolLoad, loads
 from llmsched_env.networks.network import ROUTINGS, TOKEN_LEVEL, Network, Pool, Station
 from llmsched_env.networks.ready import get, names, register
 from llmsched_env.networks.simulation import NetworkResult, Prepared, prepare, simulate_network
+from llmsched_env.networks.virtual import VirtualStation, virtual_stations
 from llmsched_env.networks.workflow import END, Edge, Node, Workflow
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "PoolLoad",
     "Prepared",
     "Station",
+    "VirtualStation",
     "Workflow",
     "delays",
     "disciplines",
@@ -42,4 +44,5 @@ __all__ = [
     "prepare",
     "register",
     "simulate_network",
+    "virtual_stations",
 ]
