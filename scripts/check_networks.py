@@ -439,6 +439,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--quick", action="store_true", help="shorter runs, to see that it works")
     arguments = parser.parse_args()
+    if arguments.seeds < 2:  # one has no spread
+        parser.error(f"--seeds must be at least 2, not {arguments.seeds}")
     for name in arguments.sections:
         if name not in SECTIONS:
             parser.error(f"unknown section {name!r}; known: {', '.join(SECTIONS)}")

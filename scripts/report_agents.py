@@ -234,6 +234,8 @@ def main() -> int:
     for part in options.parts:
         if part not in PARTS:
             raise InputError(f"unknown part {part!r}; parts are {', '.join(PARTS)}")
+    if options.seeds < 1:
+        raise InputError(f"--seeds must be at least 1, not {options.seeds}")
     options.runs.mkdir(parents=True, exist_ok=True)
     report = Report(options.runs, options.seeds, options.episodes, options.jobs, options.only)
     told: dict[str, list[Any]] = {}

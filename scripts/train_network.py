@@ -32,7 +32,7 @@ from agents.ppo import SchedulingPPO
 from agents.sb3 import SB3VecEnv
 from agents.sb3_policies import MaskablePolicy
 from agents.statistics import Bootstrap, difference, mean
-from llmsched_env.errors import exit_with
+from llmsched_env.errors import InputError, exit_with
 from llmsched_env.files import writing
 from llmsched_env.networks import disciplines, simulate_network
 
@@ -199,6 +199,8 @@ def main() -> int:
     parser.add_argument("--route", action="store_true", help="PPO also says where calls go, not the pools")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.seeds < 1:
+        raise InputError(f"--seeds must be at least 1, not {options.seeds}")
     told = {}
     for network in options.networks:
         told[network] = report(network, options)

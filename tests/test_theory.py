@@ -337,5 +337,9 @@ def test_networks_refuse() -> None:
             nominal_loads(*bad)
     with pytest.raises(InputError, match="members must name"):
         virtual_station_load(*NETWORK, members=(4,))
+    with pytest.raises(InputError, match="members must name"):
+        virtual_station_load(*NETWORK, members=[0.7])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="stations must be whole numbers"):
+        exclusive_pairs([[0, 1]], [0.5, 1], [0, 0])
     with pytest.raises(InputError, match="each of the classes"):
         exclusive_pairs([[0, 1]], [0, 1, 0], [0, 0, 0])

@@ -61,8 +61,9 @@ def virtual_station_load(
         members: the classes of the virtual station. The rest is as in `nominal_loads`.
     """
     rate, size, where, capacity = _network(rates, tokens, stations, capacities)
-    index = np.asarray(members, dtype=np.int64)
-    if len(index) == 0 or index.min() < 0 or index.max() >= len(rate):
+    index = np.asarray(members)
+    whole = index.ndim == 1 and index.dtype.kind in "iu"
+    if not whole or len(index) == 0 or index.min() < 0 or index.max() >= len(rate):
         raise InputError(f"members must name some of the {len(rate)} classes, 0 to {len(rate) - 1}")
     return float((rate * size / capacity[where])[np.unique(index)].sum())
 
@@ -82,7 +83,9 @@ def exclusive_pairs(
         stations: (C,) engine of each class.
         priorities: (C,) lower is served first, among the classes of an engine.
     """
-    where, rank = np.asarray(stations, dtype=np.int64), np.asarray(priorities, dtype=np.float64)
+    where, rank = np.asarray(stations), np.asarray(priorities, dtype=np.float64)
+    if where.ndim != 1 or where.dtype.kind not in "iu":
+        raise InputError(f"stations must be whole numbers, one for each class, not {stations!r}")
     classes = [k for route in routes for k in route]
     if len(where) != len(rank) or sorted(classes) != list(range(len(where))):
         raise InputError(
