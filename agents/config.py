@@ -151,6 +151,8 @@ class Config:
             raise InputError("fairness is only measured where it is rewarded; give objective a weight of it")
         if self.reward_scale == "trace" and objective != Objective(latency=objective.latency):
             raise InputError('reward_scale="trace" is for the objective "latency" alone')
+        if self.teacher_rounds and not self.teacher:
+            raise InputError("teacher_rounds has no effect without a teacher; set teacher_rounds=0")
         if self.teacher == "optimum" and self.teacher_rounds:
             raise InputError(
                 "the optimum knows one schedule, not what to do where a student gets; set teacher_rounds=0"

@@ -56,6 +56,7 @@ def demonstrate(
     discount_rate: float = 0.0,
     scale: Callable[[NDArray[np.int64]], NDArray[np.float64]] | None = None,
     student: Policy | None = None,
+    most_steps: int = MOST_STEPS,
     **options: Any,
 ) -> Demonstrations:
     """Let a teacher play episodes, or say what it would do in those that a student plays.
@@ -65,7 +66,8 @@ def demonstrate(
             episode; where that is too little, how far it gets depends on the machine.
         env_id, scenario, options: of the environment; flat observations.
         seed: of the first episode. discount_rate: 1/s. scale: divides rewards, as in `SchedulingPPO`.
-        student: its actions, of observations (n, D) and masks (n, A); None: the teacher plays.
+        student: its actions, of observations (n, D) and masks (n, A); None: the teacher plays. In the hands
+            of a student an episode is cut after `most_steps`: it may preempt for ever.
 
     Raises:
         InputError: an unknown teacher, one that these actions cannot follow, or the optimum as the teacher of
@@ -73,7 +75,7 @@ def demonstrate(
     """
     keywords = {"scenario": scenario, "observation": "flat", "discount_rate": discount_rate, **options}
     if teacher != "optimum":
-        played = _play_scheduler(teacher, env_id, num_episodes, seed, keywords, student)
+        played = _play_scheduler(teacher, env_id, num_episodes, seed, keywords, student, most_steps)
     elif student is None:
         played = _play_optimum(env_id, num_episodes, seed, keywords)
     else:
@@ -96,6 +98,7 @@ def _play_scheduler(
     seed: int,
     keywords: dict[str, Any],
     student: Policy | None,
+    most_steps: int,
 ) -> Any:
     """All episodes at once; the steps of an episode in order."""
     env: Any = gym.make_vec(
@@ -103,7 +106,7 @@ def _play_scheduler(
         num_episodes,
         vectorization_mode="vector_entry_point",
         autoreset_mode="disabled",
-        max_episode_steps=MOST_STEPS,  # a student may preempt for ever
+        max_episode_steps=most_steps,
         **keywords,
     ).unwrapped
     expert = baselines.expert(teacher, strict=False)  # near enough for a beginning
@@ -116,7 +119,7 @@ def _play_scheduler(
         actions = np.asarray(expert(env))
         now = seen[here].copy(), masks[here].copy(), actions[here].copy()
         if student is not None:
-            actions = student(seen, masks)
+            actions[here] = student(now[0], now[1])
         seen, rewards, terminated, truncated, info = env.step(actions)
         steps.append((*now, rewards[here].copy(), info["dt"][here].copy(), here))
         over |= terminated | truncated

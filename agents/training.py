@@ -23,7 +23,7 @@ import baselines
 from agents.agent import Agent, describe, weights_of
 from agents.comparison import METRICS
 from agents.config import COSTS, Config
-from agents.evaluation import VALIDATION_SEED, evaluate
+from agents.evaluation import MOST_STEPS, VALIDATION_SEED, evaluate
 from agents.runs import Checkpoint, Run, versions
 from agents.watching import play
 from llmsched_env import scenarios, simulate
@@ -46,6 +46,7 @@ except ImportError as error:
 _SEEDS = 2**40  # reset seeds of training are above it, those of evaluation below
 _ENTROPY, _PATIENCE = 1e-4, 10  # nats; updates in a row with less: nothing more will be learned
 _PICTURES = 8  # of the schedule, over a training
+_PATIENCE = 4  # steps of a student's episode while it is taught, in those that its teacher takes
 
 
 class Diverged(RuntimeError):
@@ -188,9 +189,7 @@ class Trainer:
             steps = self.model.num_timesteps
             for table in ("metrics", "validation"):
                 run.drop_rows(table, steps if checkpoint else -1)
-            board = SummaryWriter(
-                str(run.folder / "tensorboard"), purge_step=steps + 1 if checkpoint else None
-            )
+            board = SummaryWriter(str(run.folder / "tensorboard"), purge_step=steps + 1 if checkpoint else 0)
             with contextlib.closing(board):
                 if checkpoint is None:
                     self._begin(run, board)
@@ -204,6 +203,7 @@ class Trainer:
         """The warm start, and the first checkpoint."""
         config = self.config
         shown: Demonstrations | None = None
+        longest = MOST_STEPS
         for turn in range(config.teacher_rounds + 1 if config.teacher else 0):
             seen = demonstrate(
                 config.teacher,
@@ -214,8 +214,11 @@ class Trainer:
                 discount_rate=self.rate,
                 scale=self.model.scale,
                 student=best_actions(self.policy) if turn > 0 else None,
+                most_steps=longest,
                 **self.options,
             )
+            if shown is None:  # a student that is lost takes far longer, and all in the same place
+                longest = _PATIENCE * -(-len(seen.seen) // config.teacher_episodes)
             shown = seen if shown is None else shown + seen
             same = imitate(
                 self.policy,

@@ -54,7 +54,9 @@ _NEVER = 2**62
 _EPISODE, _PLANNED = 0, 1  # what is kept of each lane: the episode it follows, whether its plan is made
 
 # Why a plan cannot be said in actions.
-_TOKENS, _HIDDEN, _ILLEGAL, _PARTIAL, _BACK, _SWAP, _STOPPED, _FORCED, _IDLES, _LEFT = range(-2, -12, -1)
+_TOKENS, _HIDDEN, _ILLEGAL, _PARTIAL, _BACK, _SWAP, _STOPPED, _FORCED, _IDLES, _LEFT, _MORE = range(
+    -2, -13, -1
+)
 _WHY = {
     _TOKENS: "it gives request {r} {n} tokens, which is no chunk level and not all that fits; change "
     "chunk_levels or token_budget",
@@ -70,6 +72,7 @@ _WHY = {
     _IDLES: "it idles, which is possible here until the next arrival (and with idle=True)",
     _LEFT: "the episode is not where it would be; somebody else has acted, or a step was passed through in "
     "which it does what is not legal (make it with skip_forced=False to see where)",
+    _MORE: "it runs a plan in which others could be given tokens; make it with work_conserving=False",
 }
 
 
@@ -314,7 +317,13 @@ def _decide(  # type: ignore[no-untyped-def]
         return why, who, amount
     if mask[0]:
         return 0, 0, 0
-    return (_ILLEGAL if strict else _any(mask)), 0, 0
+    if strict:
+        return _MORE, 0, 0
+    for slot in range(v.waiting_slots + v.running_slots):  # the plan must be filled: whoever comes first
+        last = 1 + (slot + 1) * levels
+        if mask[last]:
+            return last, 0, 0
+    return _any(mask), 0, 0
 
 
 @njit

@@ -41,6 +41,15 @@ from llmsched_env.errors import InputError, exit_with, unknown
 from llmsched_env.files import writing
 
 RIVALS = ("azure-code", "slo-mix", "priorities", "azure-conv")
+CASES: dict[str, dict[str, Any]] = {  # of the ablations: what is changed
+    "as preset": {},
+    "mlp": {"network": "mlp"},
+    "no masks in PPO": {"algo": "ppo"},
+    "no teacher": {"teacher": "", "teacher_rounds": 0},
+    "no corrections": {"teacher_rounds": 0, "teacher_episodes": 64, "teacher_epochs": 8},  # as many steps
+    "teacher alone": {"steps": 1, "learning_rate": 1e-8},
+    "no leave-one-out": {"lanes_per_trace": 1},
+}
 PARTS = ("train", "control", "rivals", "gap", "matrix", "ablations", "curves")
 
 
@@ -112,24 +121,12 @@ class Report:
 
     def ablations(self) -> Iterator[Comparison]:
         base = Config.preset("known-lengths")
-        cases: dict[str, dict[str, Any]] = {
-            "as preset": {},
-            "mlp": {"network": "mlp"},
-            "no masks in training": {"algo": "ppo"},
-            "no teacher": {"teacher": "", "teacher_rounds": 0},
-            "no corrections": {"teacher_rounds": 0, "teacher_episodes": 64},
-            "teacher alone": {"steps": 1, "learning_rate": 1e-8},
-            "no leave-one-out": {"lanes_per_trace": 1},
-        }
-        for label in self.only:
-            if label not in cases:
-                raise unknown("case", label, cases)
         policies = {
             label: self.trained(
                 f"ablation-{label.replace(' ', '-')}" if changes else "known-lengths",
                 base.replace(**changes),
             )
-            for label, changes in cases.items()
+            for label, changes in CASES.items()
             if not self.only or label in self.only
         }
         baseline = "as preset" if "as preset" in policies else next(iter(policies))
@@ -234,6 +231,9 @@ def main() -> int:
     for part in options.parts:
         if part not in PARTS:
             raise InputError(f"unknown part {part!r}; parts are {', '.join(PARTS)}")
+    for label in options.only:
+        if label not in CASES:
+            raise unknown("case", label, CASES)
     if options.seeds < 1:
         raise InputError(f"--seeds must be at least 1, not {options.seeds}")
     options.runs.mkdir(parents=True, exist_ok=True)

@@ -423,10 +423,14 @@ def test_a_teacher_says_what_it_would_do_where_its_student_is(env_id: str) -> No
         rows = slice(at, at + int((~over).sum()))
         np.testing.assert_array_equal(shown.seen[rows], seen[~over])
         np.testing.assert_array_equal(shown.actions[rows], np.asarray(teacher(env))[~over])
-        seen, _, terminated, truncated, _ = env.step(student(seen, env.action_masks()))
+        actions = np.asarray(teacher(env))
+        actions[~over] = student(seen[~over], env.action_masks()[~over])
+        seen, _, terminated, truncated, _ = env.step(actions)
         over |= terminated | truncated
         at = rows.stop
     assert at == len(shown.seen) == len(shown.returns)
+    options = {**CORRECTED, "most_steps": 7, "student": random()}
+    assert len(demonstrate("sjf-prompt", env_id, num_episodes=3, seed=0, **options).seen) == 3 * 7
 
 
 def test_rounds_of_corrections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,6 +453,7 @@ def test_rounds_of_corrections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for refused in (
         lambda: demonstrate("optimum", IDS[0], "toy", 2, seed=0, student=lambda seen, masks: masks.argmax(1)),
         lambda: Config(teacher="optimum", teacher_rounds=1),
+        lambda: Config(teacher_rounds=1),
     ):
         with pytest.raises(InputError, match="teacher_rounds=0"):
             refused()

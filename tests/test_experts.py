@@ -174,3 +174,20 @@ def test_batch(name: str, settings: dict[str, Any]) -> None:
     )
     assert play(env, baselines.expert(name, **settings), 0) > 50
     assert_as_simulated(env, name, **settings)
+
+
+def test_a_teacher_fills_a_plan_that_must_be_filled() -> None:
+    """Where the plan may not be run yet, and not with what it never does."""
+    env = make("area-backfill", work_conserving=True, chunk_levels=(), preempt="forced", idle=False)
+    teacher = baselines.expert("area-backfill", strict=False)
+    env.reset(seed=1)
+    over, held = False, 0
+    while not over:
+        action = teacher(env)
+        held += action == 1
+        _, _, terminated, truncated, _ = env.step(action)
+        over = terminated or truncated
+    assert held == 0
+    env.reset(seed=1)
+    with pytest.raises(InputError, match="work_conserving=False"):
+        play(env, baselines.expert("area-backfill"), 1)

@@ -5,6 +5,7 @@ Published values are those of Dai, Deng, Li and Peng, arXiv 2504.07347v3.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from llmsched_env.theory.limits import (
     token_time,
     vanilla_vllm_rps,
 )
-from llmsched_env.theory.networks import exclusive_pairs, nominal_loads, virtual_station_load
+from llmsched_env.theory.networks import exclusive_pairs, exclusive_sets, nominal_loads, virtual_station_load
 from llmsched_env.theory.region import Contexts, region
 from llmsched_env.workloads.lengths import Moments
 
@@ -315,6 +316,23 @@ def test_rybko_stolyar() -> None:
     load = virtual_station_load(*NETWORK, members=(1, 3))
     assert load == pytest.approx(0.9 * 1088 / 608)
     assert 0.9 / load == pytest.approx(0.559, abs=5e-4)  # the nominal load at which it is 1
+
+
+def test_three_classes_may_exclude_each_other() -> None:
+    """A ring of three stations: programs enter at one, and leave at the other two, with priority there."""
+    routes, stations = [[0, 1, 2], [3, 4, 5], [6, 7, 8]], [0, 1, 2, 1, 2, 0, 2, 0, 1]
+    exit_first = [2, 1, 0] * 3
+    sets = exclusive_sets(routes, stations, exit_first)
+    pairs = exclusive_pairs(routes, stations, exit_first)
+    assert pairs and sets
+    for members in sets:
+        assert all(pair in pairs for pair in itertools.combinations(members, 2))
+        assert not any(  # there is none larger
+            all(tuple(sorted((k, m))) in pairs for m in members) for k in range(9) if k not in members
+        )
+    assert {pair for members in sets for pair in itertools.combinations(members, 2)} == set(pairs)
+    assert max(map(len, sets)) == 3
+    assert exclusive_sets([[0, 1]], [0, 1], [0, 0]) == []
 
 
 def test_tandem_has_no_virtual_station() -> None:

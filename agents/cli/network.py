@@ -125,6 +125,8 @@ def _described(network: Network, results: dict[str, NetworkResult], seed: int) -
 
 
 def _print(network: Network, results: dict[str, NetworkResult]) -> None:
+    from rich.markup import escape
+
     from llmsched_env.networks import loads, virtual_stations
 
     print(network.name + (f": {network.summary}" if network.summary else ""))
@@ -157,8 +159,9 @@ def _print(network: Network, results: dict[str, NetworkResult]) -> None:
     show("busy: time in which a batch ran, be it small; load: tokens, as a share of what full batches serve")
     for name in results:
         for one in virtual_stations(network, name):
-            pair, so = " and ".join(one.classes), "unstable" if one.load > 1 else "below 1 that does no harm"
-            show(f"{name}: {pair} come to exclude each other; their load together is {one.load:.3f}: {so}")
+            who = escape(" and ".join(one.classes))
+            so = "unstable" if one.load > 1 else "no proof of anything up to 1"
+            show(f"{name}: {who} come to exclude each other; their load together is {one.load:.3f}: {so}")
     if max(pool.load for pool in loads(network)) >= 1.0:
         show("a pool has a nominal load of 1 or more: what waits grows for as long as programs come")
 

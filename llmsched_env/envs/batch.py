@@ -11,13 +11,14 @@ levels, the last of which is all that fits, an entry is one of L + 2 choices:
 The mask lies flat, L + 2 numbers a slot, the waiting slots first. SKIP is always legal, for an empty slot
 nothing else. A running request may always RUN, since preempting another may free the blocks that it lacks; a
 waiting one if the engine has a seat and blocks for it, those of the visible running requests included where
-these may be preempted. A LEVEL is legal where RUN is, of a prefill only if the engine cuts prompts. PREEMPT
+these may be preempted (and if it fits the forecast of memory, where admissions have to and nobody may be
+preempted). A LEVEL is legal where RUN is, of a prefill only if the engine cuts prompts. PREEMPT
 is legal in all running slots if somebody must go (decodes lack blocks, or nobody decodes and no prefill has
 room to go on), or, where voluntary preemption is allowed, while somebody waits or the blocks do not suffice
 for all tokens that the running requests can use. An entry that is not legal counts as SKIP.
 
 What does not fit together is resolved in this order, each entry getting what the budget, the seats and the KV
-blocks then allow, and nothing if that is no token:
+blocks (and the forecast) then allow, and nothing if that is no token:
 
     1. preemptions, in slot order;
     2. visible running requests, in slot order;
@@ -60,6 +61,7 @@ from llmsched_env.envs.episode import (
 from llmsched_env.envs.frame import new_plan, pass_time, reset_frame, step_frame
 from llmsched_env.envs.lane import Env
 from llmsched_env.envs.observation import find_running, find_waiting
+from llmsched_env.scheduling.forecast import add_to_forecast, fits_forecast, forecast
 
 SKIP, RUN, FIRST_LEVEL = 0, 1, 2
 
@@ -228,15 +230,17 @@ def build(env: Env, given: Any, at: int) -> None:
         go_on(env)
         for k in range(v.num_run):
             e.req[v.run[k]].chosen = 0
+    rows = forecast(e) if s.peak != NO_PEAK and s.num_running > 0 else 0
     for k in range(v.num_wait):
-        choice = _choice(env, given, at, k)
-        if choice != SKIP:
+        choice, r = _choice(env, given, at, k), v.wait[k]
+        if choice == SKIP or (rows > 0 and not fits_forecast(e, r, rows)):
+            continue
+        tokens = _at_most(env, choice, most_to_admit(env, k, room_to_admit(env)))
+        if tokens > 0:
             if s.peak != NO_PEAK:
-                foresee(env, False)
-            tokens = _at_most(env, choice, most_to_admit(env, k, room_to_admit(env)))
-            if tokens > 0:
-                grant(e, v.wait[k], tokens)
-                v.stale_wait = 1
+                rows = add_to_forecast(e, r, rows)
+            grant(e, r, tokens)
+            v.stale_wait = 1
     if s.num_planned == 0 and (asked or not v.idle or s.arrived == len(e.req)):
         keep_going(env)
 

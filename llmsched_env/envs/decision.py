@@ -123,14 +123,14 @@ def legal(env: Env) -> int:
     s = e.s
     for i in range(len(mask)):
         mask[i] = 0
-    if s.peak != NO_PEAK:
-        foresee(env, False)
     running = v.waiting_slots
     preempt = FIRST_SLOT + (v.waiting_slots + v.running_slots) * v.num_levels
     if v.phase == FORCED:
         for k in range(v.num_run):
             mask[preempt + k] = 1
         return preempt if v.num_run == 1 else -1
+    if s.peak != NO_PEAK and v.num_wait > 0:
+        foresee(env, False)
     num_levels, chunked, budget, size = v.num_levels, s.chunked != 0, s.budget, s.block_size
     # Which bytes of a word are levels that can be chosen: only all that fits unless there are chunks.
     last = np.uint64(8 * (num_levels - 1))

@@ -55,7 +55,10 @@ DRAWN = np.dtype(
 BRIEF = np.dtype(
     [
         ("rest", "i4"),  # tokens left of its prefill; 0 if it decodes or is in the plan
-        ("hold", "i4"),  # KV blocks that the admission of a waiting request reserves in any case
+        (
+            "hold",
+            "i4",
+        ),  # KV blocks that an admission reserves in any case; or `decision.CLOSED`
         ("room", "i4"),  # tokens for which a running request holds KV blocks already
         ("fixed", "i4"),  # 1: a running request has a chunk in the plan, and may not be preempted
         # what does not change while the request keeps its place

@@ -393,7 +393,7 @@ class DecisionEnv(SchedulingEnv):
     | :-- | :-- | :-- |
     | RUN the plan | 0 | there is something in it, or nothing else can be done |
     | HOLD the decodes, until the next plan | 1 | others have tokens, or could have them then |
-    | ADMIT waiting slot k with level l | 2 + k L + l | a seat, budget and KV blocks are free |
+    | ADMIT waiting slot k with level l | 2 + k L + l | a seat, budget and KV blocks are free (`hold`) |
     | CHUNK of the prefill in running slot r with level l | 2 + (W + r) L + l | it has none in the plan |
     | PREEMPT running slot r | 2 + (W + R) L + r | somebody waits or lacks KV blocks (`preempt`) |
 

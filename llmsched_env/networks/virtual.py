@@ -10,29 +10,31 @@ from llmsched_env.networks.disciplines import Discipline
 from llmsched_env.networks.load import loads, node_moments
 from llmsched_env.networks.network import Network
 from llmsched_env.networks.workflow import END, Workflow
-from llmsched_env.theory.networks import exclusive_pairs, virtual_station_load
+from llmsched_env.theory.networks import exclusive_sets, virtual_station_load
+from llmsched_env.workloads.lengths import Fixed
 
 
 @dataclasses.dataclass(frozen=True)
 class VirtualStation:
-    """Two classes at different stations that come to exclude each other.
+    """Classes at different stations of which any two come to exclude each other.
 
     Attributes:
         classes: their names, as in `Network.class_names`.
-        load: what is asked of both together. Above 1 the network is unstable under the discipline, even where
-            each station has a nominal load below 1 (`theory.networks.virtual_station_load`).
+        load: what is asked of all together. Above 1 the network is unstable under the discipline, even where
+            each station has a nominal load below 1 (`theory.networks.virtual_station_load`). Below 1 proves
+            nothing.
     """
 
-    classes: tuple[str, str]
+    classes: tuple[str, ...]
     load: float
 
 
 def virtual_stations(network: Network, discipline: str | Discipline) -> tuple[VirtualStation, ...]:
     """The virtual stations of a network under a discipline, the largest load first.
 
-    They are known for disciplines that give each class a fixed priority ("priority", "exit-first",
-    "entry-first"), on workflows that are chains, where every pool is one station without a scheduler of its
-    own. Elsewhere there may be such as are not found: an empty result says nothing then.
+    Found are those of `theory.networks.exclusive_sets`, for disciplines that give each class a fixed priority
+    ("priority", "exit-first", "entry-first"), on workflows that are chains of single calls, where every pool
+    is one station without a scheduler of its own. There may be others: an empty result proves nothing.
 
     Raises:
         InputError: an unknown discipline.
@@ -43,7 +45,8 @@ def virtual_stations(network: Network, discipline: str | Discipline) -> tuple[Vi
     own = any(station.scheduler is not None for station in network.stations)
     if chosen.rule not in (Rule.CLASS, Rule.DEPTH) or not single or own or not all(routes):
         return ()
-    of_pool = {pool.pool: i for i, pool in enumerate(loads(network))}
+    pools = loads(network)
+    of_pool = {pool.pool: i for i, pool in enumerate(pools)}
     numbers, priorities, rates, tokens = [], [], [], []
     first = 0
     for workflow, route in zip(network.workflows, routes, strict=True):
@@ -60,20 +63,21 @@ def virtual_stations(network: Network, discipline: str | Discipline) -> tuple[Vi
             else:
                 priorities.append(left[node.name] if chosen.keys == "left" else float(node.priority))
     stations = [of_pool[node.pool] for _, node in network.classes]
-    capacities = [pool.capacity_tokens_per_s for pool in loads(network)]
+    capacities = [pool.capacity_tokens_per_s for pool in pools]
     names = network.class_names()
     found = [
         VirtualStation(
-            (names[a], names[b]), virtual_station_load(rates, tokens, stations, capacities, (a, b))
+            tuple(names[k] for k in members),
+            virtual_station_load(rates, tokens, stations, capacities, members),
         )
-        for a, b in exclusive_pairs(numbers, stations, priorities)
+        for members in exclusive_sets(numbers, stations, priorities)
     ]
     return tuple(sorted(found, key=lambda one: -one.load))
 
 
 def _chain(workflow: Workflow) -> list[str]:
-    """The nodes in the order in which every job calls them; empty if jobs fork, choose or go back."""
-    if len(workflow.starts) != 1:
+    """The nodes in the order in which every job calls each once; empty if jobs fork, choose or go back."""
+    if len(workflow.starts) != 1 or any(node.copies != Fixed(1) for node in workflow.nodes):
         return []
     route = [workflow.starts[0]]
     while edges := workflow.edges_from(route[-1]):

@@ -53,7 +53,7 @@ def virtual_station_load(
 
     Above 1 the network is unstable, provided that of these classes no two are ever served at the same time.
     In the network of Rybko and Stolyar with priority to requests that leave, the two second hops are such
-    classes (`exclusive_pairs` finds them): with 544 tokens each and engines of 768 tokens for a unit of time,
+    classes (`exclusive_sets` finds them): with 544 tokens each and engines of 768 tokens for a unit of time,
     lambda (544 + 544) / 768 < 1, a nominal load of 0.559. That an overloaded one is unstable is known for
     fluid networks with batches of one; for batches of tokens it rests on simulation.
 
@@ -102,6 +102,34 @@ def exclusive_pairs(
         for other in range(k + 1, len(where))
         if where[k] != where[other] and blocked_by(k, other) and blocked_by(other, k)
     ]
+
+
+def exclusive_sets(
+    routes: Sequence[Sequence[int]], stations: ArrayLike, priorities: ArrayLike
+) -> list[tuple[int, ...]]:
+    """The largest sets of classes of which any two exclude each other: the virtual stations, for of each no
+    more than one class is served at a time. Arguments as for `exclusive_pairs`.
+    """
+    pairs = exclusive_pairs(routes, stations, priorities)
+    near: dict[int, set[int]] = {k: set() for pair in pairs for k in pair}
+    for k, other in pairs:
+        near[k].add(other)
+        near[other].add(k)
+    found: list[tuple[int, ...]] = []
+
+    def grow(members: tuple[int, ...], able: set[int], done: set[int]) -> None:  # Bron and Kerbosch (1973)
+        if not able and not done:
+            found.append(tuple(sorted(members)))
+            return
+        pivot = max(able | done, key=lambda k: len(near[k] & able))
+        for k in sorted(able - near[pivot]):
+            grow((*members, k), able & near[k], done & near[k])
+            able = able - {k}
+            done = done | {k}
+
+    if near:
+        grow((), set(near), set())
+    return sorted(found)
 
 
 def _network(
