@@ -111,7 +111,7 @@ def as_row(row: Row) -> str:
 # The strongest schedulers with the same information, on each scenario.
 RIVALS = {
     "slo-mix": ("rank-i", "tuned:slo-mix-goodput"),
-    "priorities": ("vllm-v1-priority", "tuned:priorities-goodput"),
+    "priorities": ("rank-i", "vllm-v1-priority", "tuned:priorities-goodput"),
     "azure-conv": ("rank-i", "tuned:azure-conv-goodput"),
     "azure-code": ("rank-i", "tuned:azure-code-goodput"),
 }
