@@ -20,9 +20,19 @@ def test_json_is_what_the_python_interface_gives(capsys: pytest.CaptureFixture[s
     assert main([*RUN, "--discipline", "plas", "--discipline", "oldest", "--json"]) == 0
     got = json.loads(capsys.readouterr().out)
     result = simulate_network(networks.get("fork-join", load=0.9), "plas", jobs=40, seed=3)
+    assert got["disciplines"]["plas"].pop("virtual_stations") == []  # known of fixed priorities only
     assert got["disciplines"]["plas"] == json.loads(json.dumps(result.metrics()))
     assert list(got["disciplines"]) == ["plas", "oldest"]
     assert got["pools"]["gpus"]["load"] == pytest.approx(0.9) and got["seed"] == 3
+
+
+def test_virtual_stations_are_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["network", "rybko-stolyar", "--load", "0.9", "--discipline", "exit-first", "--jobs", "20"]
+    assert main(run) == 0
+    assert "come to exclude each other; their load together is 1.611: unstable" in capsys.readouterr().out
+    assert main([*run, "--json"]) == 0
+    (one,) = json.loads(capsys.readouterr().out)["disciplines"]["exit-first"]["virtual_stations"]
+    assert one["load"] == pytest.approx(1.611, abs=1e-3) and len(one["classes"]) == 2
 
 
 def test_tables_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
