@@ -132,6 +132,16 @@ class Comparison:
         """Its name."""
         return self.episodes.metric
 
+    def against(self, baseline: str) -> Comparison:
+        """The same with differences to another label.
+
+        Raises:
+            InputError: an unknown label.
+        """
+        if baseline not in self.found:
+            raise unknown("baseline", baseline, self.found)
+        return dataclasses.replace(self, baseline=baseline)
+
     def values(self, label: str) -> NDArray[np.float64]:
         """The metric of a policy, (S, E), nan where it means nothing.
 

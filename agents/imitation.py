@@ -33,7 +33,7 @@ class Demonstrations:
 
     Attributes:
         seen: (n, D) float32. masks: (n, A) bool. actions: (n,) int64, or (n, entries).
-        returns: (n,) float32: discounted rewards from there to the end of the episode.
+        returns: (n,) float32: discounted rewards from there to the end of the episode, or its cut.
     """
 
     seen: NDArray[np.float32]

@@ -46,7 +46,7 @@ except ImportError as error:
 _SEEDS = 2**40  # reset seeds of training are above it, those of evaluation below
 _ENTROPY, _PATIENCE = 1e-4, 10  # nats; updates in a row with less: nothing more will be learned
 _PICTURES = 8  # of the schedule, over a training
-_PATIENCE = 4  # steps of a student's episode while it is taught, in those that its teacher takes
+_LOST = 10  # steps after which a student's episode is cut while it is taught, in those its teacher takes
 
 
 class Diverged(RuntimeError):
@@ -218,7 +218,7 @@ class Trainer:
                 **self.options,
             )
             if shown is None:  # a student that is lost takes far longer, and all in the same place
-                longest = _PATIENCE * -(-len(seen.seen) // config.teacher_episodes)
+                longest = _LOST * -(-len(seen.seen) // config.teacher_episodes)
             shown = seen if shown is None else shown + seen
             same = imitate(
                 self.policy,

@@ -193,6 +193,9 @@ def test_differences_are_to_the_baseline() -> None:
     assert default.rows[1].difference.value == pytest.approx(way) and default.rows[0].difference.value == 0
     assert chosen.rows[0].difference.value == pytest.approx(-way) and chosen.rows[1].difference.value == 0
     assert default.rows[0].improvement == chosen.rows[0].improvement  # which is over vLLM V1 in either
+    assert default.against("sarathi").rows == chosen.rows  # the same play, told anew
+    with pytest.raises(InputError, match="unknown baseline 'sarath'"):
+        default.against("sarath")
 
 
 def test_unfinished_episodes_are_told() -> None:

@@ -822,7 +822,7 @@ def jain(tokens: NDArray[np.float64]) -> float:
 
 
 @pytest.mark.parametrize(
-    "objective", ["latency", "goodput", "throughput", "gpu_time", "makespan", "fairness"]
+    "objective", ["latency", "goodput", "throughput", "gpu_time", "makespan", "fairness", "violations"]
 )
 @pytest.mark.parametrize("scenario", ["slo-mix", "multi-tenant"])
 def test_rewards_sum_up_to_the_metric(env_id: str, objective: str, scenario: str) -> None:
@@ -848,6 +848,7 @@ def test_rewards_sum_up_to_the_metric(env_id: str, objective: str, scenario: str
             "throughput": requests.output_tokens.sum() / (n * problem.workload.moments().output),
             "gpu_time": -busy / unit_time,
             "makespan": -result.finish_s.max() / unit_time,
+            "violations": met.mean() - 1,
         }
         if objective == "fairness":
             served = np.zeros(requests.client.max() + 1)
@@ -899,12 +900,15 @@ def test_a_discount_is_that_of_continuous_time() -> None:
     assert total == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("objective", ["latency", "goodput", "throughput", "gpu_time", "makespan"])
+@pytest.mark.parametrize(
+    "objective", ["latency", "goodput", "throughput", "gpu_time", "makespan", "violations"]
+)
 def test_all_that_is_rewarded_is_discounted(env_id: str, objective: str) -> None:
-    rate, n = 0.3, 12
+    rate, n = 0.3, 24
     env = make(
         env_id,
-        scenario="multi-tenant",
+        scenario="slo-mix",
+        load=4.0,
         num_requests=n,
         objective=objective,
         discount_rate=rate,
@@ -929,6 +933,9 @@ def test_all_that_is_rewarded_is_discounted(env_id: str, objective: str) -> None
     ttft = result.first_token_s - requests.arrival_s
     tpot = (result.finish_s - result.first_token_s) / np.maximum(result.generated_tokens - 1, 1)
     met = (ttft <= requests.ttft_target_s) & (tpot <= requests.tpot_target_s)
+    missed_at = np.where(  # a late first token when it was due, a slow answer at its end
+        ttft > requests.ttft_target_s, requests.arrival_s + requests.ttft_target_s, result.finish_s
+    )
     unit_time = n * problem.time_scale_s
     expected = {
         "latency": lambda: -worth(requests.arrival_s, result.finish_s).sum() / unit_time,
@@ -938,7 +945,9 @@ def test_all_that_is_rewarded_is_discounted(env_id: str, objective: str) -> None
         ),
         "gpu_time": lambda: -worth(rows["start_s"], rows["end_s"]).sum() / unit_time,
         "makespan": lambda: -worth(0.0, result.finish_s.max()) / unit_time,
+        "violations": lambda: -np.exp(-rate * missed_at)[~met].sum() / n,
     }[objective]()
+    assert 0 < met.sum() < n, "a case that tells nothing"
     assert total == pytest.approx(expected, rel=1e-9)
 
 

@@ -130,9 +130,10 @@ def _print(network: Network, results: dict[str, NetworkResult]) -> None:
     from llmsched_env.networks import loads, virtual_stations
 
     print(network.name + (f": {network.summary}" if network.summary else ""))
+    pools = loads(network)
     rows = [
         (pool.pool, f"{pool.load:.3f}", f"{pool.hops_per_s:.4g}", f"{pool.tokens_per_s:,.0f}")
-        for pool in loads(network)
+        for pool in pools
     ]
     show_table("", ("pool", "nominal load", "calls/s", "tokens/s"), rows)
     columns = ["discipline", "done", "jobs in system", "mean latency s", "p99 latency s", "peak backlog"]
@@ -162,7 +163,7 @@ def _print(network: Network, results: dict[str, NetworkResult]) -> None:
             who = escape(" and ".join(one.classes))
             so = "unstable" if one.load > 1 else "no proof of anything up to 1"
             show(f"{name}: {who} come to exclude each other; their load together is {one.load:.3f}: {so}")
-    if max(pool.load for pool in loads(network)) >= 1.0:
+    if max(pool.load for pool in pools) >= 1.0:
         show("a pool has a nominal load of 1 or more: what waits grows for as long as programs come")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from llmsched_env.core import queue
 from llmsched_env.core.compile import njit
 from llmsched_env.core.engine import arrive, begin_plan, end_plan, execute
 from llmsched_env.core.run import _settled, _stretch, log_plan, write_log
@@ -17,7 +18,7 @@ from llmsched_env.envs.lane import MOST_CLIENTS, Env, Phase
 
 _FUTURE, _FINISHED = int(Status.FUTURE), int(Status.FINISHED)
 FORCED, BUILDING, OVER = (int(p) for p in Phase)
-LATENCY, GOODPUT, THROUGHPUT, GPU_TIME, MAKESPAN, FAIRNESS = range(6)
+LATENCY, GOODPUT, THROUGHPUT, GPU_TIME, MAKESPAN, FAIRNESS, VIOLATIONS = range(7)
 _NEVER = 2**62
 
 
@@ -142,6 +143,8 @@ def see_arrivals(env: Env) -> None:
     arrive(e, s.visible)
     for r in range(first, s.arrived):
         _before_now(env, s.clock - e.req[r].arrival, 1.0)
+        if _is_late(e.req[r], s.clock):
+            _miss(env, e.req[r].arrival + e.req[r].ttft_target)
     if s.arrived > first:
         v.stale_wait = 1
         v.arrival_rate += (s.arrived - first) / v.rate_window
@@ -183,7 +186,9 @@ def run_iteration(env: Env) -> None:
         for k in range(planned):
             q = e.req[e.plan[k]]
             if q.status == _FINISHED and q.finish == s.clock:
-                _judge(env, q)
+                _judge(env, q, start)
+    if v.weights[VIOLATIONS] != 0.0:
+        _find_late(env, start)
     _sum_up(env, start, busy, output, finished)
 
 
@@ -213,7 +218,7 @@ def decode_on(env: Env) -> bool:
             q = e.req[e.pending[k]]
             if q.status == _FINISHED:
                 _before_now(env, s.clock - q.finish, -1.0)
-                _judge(env, q)
+                _judge(env, q, start)
     _sum_up(env, start, busy, output, finished)
     return True
 
@@ -231,15 +236,56 @@ def _sum_up(env: Env, start: float, busy: float, output: int, finished: int) -> 
 
 
 @njit
-def _judge(env: Env, q) -> None:  # type: ignore[no-untyped-def]
-    """Whether a request that has finished met its targets."""
+def _judge(env: Env, q, start: float) -> None:  # type: ignore[no-untyped-def]
+    """Whether a request that has finished, in what began at `start`, met its targets."""
     v = env.v
-    ttft = q.first_token - q.arrival
+    late = _is_late(q, q.first_token)
     tpot = (q.finish - q.first_token) / (q.generated - 1) if q.generated > 1 else 0.0
-    if ttft <= q.ttft_target and tpot <= q.tpot_target:
+    if not late and tpot <= q.tpot_target:
         v.met += 1
-        ago = env.e.s.clock - q.finish
-        v.terms[GOODPUT] += v.factor * np.exp(v.discount_rate * ago) / len(env.e.req)
+        v.terms[GOODPUT] += _worth_at(env, q.finish) / len(env.e.req)
+    elif not late:
+        _miss(env, q.finish)
+    elif not _is_late(q, start):  # else it is told already
+        _miss(env, q.arrival + q.ttft_target)
+
+
+@njit(forceinline=True)
+def _is_late(q, now: float) -> bool:  # type: ignore[no-untyped-def]
+    """Whether a first token that comes now, or later, is late."""
+    return now - q.arrival > q.ttft_target
+
+
+@njit
+def _find_late(env: Env, start: float) -> None:
+    """Tell of those in the system whose first token came due since `start` and was not there."""
+    e = env.e
+    r = queue.first(e)
+    while r >= 0:
+        _note_late(env, e.req[r], start)
+        r = queue.following(e, r)
+    for k in range(e.s.num_running):
+        _note_late(env, e.req[e.running[k]], start)
+
+
+@njit(forceinline=True)
+def _note_late(env: Env, q, start: float) -> None:  # type: ignore[no-untyped-def]
+    until = env.e.s.clock if q.generated == 0 else q.first_token
+    if _is_late(q, until) and not _is_late(q, start):
+        _miss(env, q.arrival + q.ttft_target)
+
+
+@njit(forceinline=True)
+def _miss(env: Env, when: float) -> None:
+    """A request missed a target, in this step or before it was seen."""
+    env.v.terms[VIOLATIONS] -= _worth_at(env, when) / len(env.e.req)
+
+
+@njit(forceinline=True)
+def _worth_at(env: Env, when: float) -> float:
+    """The discount at a time, of which it is now `clock`."""
+    v = env.v
+    return v.factor * np.exp(v.discount_rate * (env.e.s.clock - when))
 
 
 @njit

@@ -23,7 +23,7 @@ MOST_SLOTS = 64  # visible waiting, or running, requests
 MOST_LEVELS = 8
 MOST_CLASSES = 16
 MOST_CLIENTS = 64
-TERMS = 6
+TERMS = 7
 
 
 class Phase(enum.IntEnum):

@@ -10,9 +10,14 @@ episode that serves everybody sum up to
     gpu_time     - seconds in which an iteration runs / unit_time
     makespan     - end of the last iteration / unit_time
     fairness     + Jain's index of what the clients have got at the end - 1
+    violations   - requests that miss a target / N
 
 Of an episode that is cut before, the first is minus the integral over time of the requests in the system,
 which by Little's law is the same once all are served; the others count what has come to pass.
+
+Goodput and violations differ by 1 and in when they tell: a request in time counts as such when it finishes, a
+late first token is told when it is due, however long the request goes on after that. So the latter says what
+came of a decision sooner, and is less noisy to learn from.
 """
 
 from __future__ import annotations
@@ -39,6 +44,7 @@ class Objective:
     gpu_time: float = 0.0
     makespan: float = 0.0
     fairness: float = 0.0
+    violations: float = 0.0
 
     def __post_init__(self) -> None:
         for name, weight in dataclasses.asdict(self).items():

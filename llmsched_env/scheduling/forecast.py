@@ -60,7 +60,7 @@ def forecast_size(num_requests: int) -> int:
 def forecast(e: Engine) -> int:
     """Bring the forecast up to date with the running requests; returns how many they are."""
     s, req, work = e.s, e.req, e.work
-    ids, lefts, helds, _, _ = _columns(e)
+    ids, _, _, _, _ = _columns(e)
     stamp = np.int32(s.iterations & 0x7FFFFFFF) + 1
     n = 0
     for k in range(int(work[_ROWS])):
@@ -76,18 +76,25 @@ def forecast(e: Engine) -> int:
         if req[r].count != stamp:
             work[ids + n] = r
             n += 1
-    for i in range(n):
-        r = int(work[ids + i])
-        held, left = np.float64(_held(e, req[r])), np.float64(_remaining(e, req[r]))
-        k = i
-        while k > 0 and work[lefts + k - 1] < left:
-            work[ids + k] = work[ids + k - 1]
-            work[lefts + k] = work[lefts + k - 1]
-            work[helds + k] = work[helds + k - 1]
-            k -= 1
-        work[ids + k], work[lefts + k], work[helds + k] = r, left, held
+    for k in range(n):
+        _insert(e, int(work[ids + k]), k)
     _sum_up(e, n)
     return n
+
+
+@njit
+def _insert(e: Engine, r: int, n: int) -> None:
+    """Put request r in its place among n rows, those with most tokens left first; row n is free."""
+    work = e.work
+    ids, lefts, helds, _, _ = _columns(e)
+    held, left = np.float64(_held(e, e.req[r])), np.float64(_remaining(e, e.req[r]))
+    k = n
+    while k > 0 and work[lefts + k - 1] < left:
+        work[ids + k] = work[ids + k - 1]
+        work[lefts + k] = work[lefts + k - 1]
+        work[helds + k] = work[helds + k - 1]
+        k -= 1
+    work[ids + k], work[lefts + k], work[helds + k] = r, left, held
 
 
 @njit
@@ -110,16 +117,7 @@ def _sum_up(e: Engine, n: int) -> None:
 @njit
 def add_to_forecast(e: Engine, r: int, n: int) -> int:
     """Add request r, which is about to be admitted, to n rows; returns how many there are then."""
-    work = e.work
-    ids, lefts, helds, _, _ = _columns(e)
-    held, left = np.float64(_held(e, e.req[r])), np.float64(_remaining(e, e.req[r]))
-    k = n
-    while k > 0 and work[lefts + k - 1] < left:
-        work[ids + k] = work[ids + k - 1]
-        work[lefts + k] = work[lefts + k - 1]
-        work[helds + k] = work[helds + k - 1]
-        k -= 1
-    work[ids + k], work[lefts + k], work[helds + k] = r, left, held
+    _insert(e, r, n)
     _sum_up(e, n + 1)
     return n + 1
 
