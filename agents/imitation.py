@@ -56,6 +56,7 @@ def demonstrate(
     discount_rate: float = 0.0,
     scale: Callable[[NDArray[np.int64]], NDArray[np.float64]] | None = None,
     student: Policy | None = None,
+    share: float = 1.0,
     most_steps: int = MOST_STEPS,
     **options: Any,
 ) -> Demonstrations:
@@ -66,8 +67,9 @@ def demonstrate(
             episode; where that is too little, how far it gets depends on the machine.
         env_id, scenario, options: of the environment; flat observations.
         seed: of the first episode. discount_rate: 1/s. scale: divides rewards, as in `SchedulingPPO`.
-        student: its actions, of observations (n, D) and masks (n, A); None: the teacher plays. In the hands
-            of a student an episode is cut after `most_steps`: it may preempt for ever.
+        student: its actions, of observations (n, D) and masks (n, A); None: the teacher plays.
+        share: of the decisions that the student takes, drawn one by one; the teacher takes the others.
+        most_steps: after which an episode is cut: a student may preempt for ever.
 
     Raises:
         InputError: an unknown teacher, one that these actions cannot follow, or the optimum as the teacher of
@@ -75,7 +77,7 @@ def demonstrate(
     """
     keywords = {"scenario": scenario, "observation": "flat", "discount_rate": discount_rate, **options}
     if teacher != "optimum":
-        played = _play_scheduler(teacher, env_id, num_episodes, seed, keywords, student, most_steps)
+        played = _play_scheduler(teacher, env_id, num_episodes, seed, keywords, student, share, most_steps)
     elif student is None:
         played = _play_optimum(env_id, num_episodes, seed, keywords)
     else:
@@ -98,6 +100,7 @@ def _play_scheduler(
     seed: int,
     keywords: dict[str, Any],
     student: Policy | None,
+    share: float,
     most_steps: int,
 ) -> Any:
     """All episodes at once; the steps of an episode in order."""
@@ -113,13 +116,15 @@ def _play_scheduler(
     seen, _ = env.reset(seed=[seed + i for i in range(num_episodes)])
     seeds = env.episode_seeds.copy()
     over = np.zeros(num_episodes, np.bool_)
+    rng = np.random.default_rng(seed)
     steps: list[tuple[Any, ...]] = []
     while not over.all():
         here, masks = np.flatnonzero(~over), env.action_masks()
         actions = np.asarray(expert(env))
         now = seen[here].copy(), masks[here].copy(), actions[here].copy()
         if student is not None:
-            actions[here] = student(now[0], now[1])
+            chosen, own = student(now[0], now[1]), rng.random(len(here)) < share
+            actions[here[own]] = chosen[own]
         seen, rewards, terminated, truncated, info = env.step(actions)
         steps.append((*now, rewards[here].copy(), info["dt"][here].copy(), here))
         over |= terminated | truncated

@@ -46,7 +46,7 @@ except ImportError as error:
 _SEEDS = 2**40  # reset seeds of training are above it, those of evaluation below
 _ENTROPY, _PATIENCE = 1e-4, 10  # nats; updates in a row with less: nothing more will be learned
 _PICTURES = 8  # of the schedule, over a training
-_LOST = 10  # steps after which a student's episode is cut while it is taught, in those its teacher takes
+_LOST = 2  # steps after which a student's episode is cut while it is taught, in those its teacher takes
 
 
 class Diverged(RuntimeError):
@@ -169,7 +169,7 @@ class Trainer:
         self._costs = config.metric in COSTS
         # Episodes that are windows of a stream are whole when they are cut.
         self._window = math.isfinite(self.lanes.problem.scenario.horizon_s)
-        self._best = self._baseline = math.nan
+        self._best = math.nan
         self._updates = self._collapsed = 0
         self._loaded: dict[str, Any] | None = None  # what the lanes were begun with last
 
@@ -214,6 +214,7 @@ class Trainer:
                 discount_rate=self.rate,
                 scale=self.model.scale,
                 student=best_actions(self.policy) if turn > 0 else None,
+                share=0.5 if turn == 1 else 1.0,  # left alone at first it would soon be lost
                 most_steps=longest,
                 **self.options,
             )
@@ -341,8 +342,6 @@ class Trainer:
     def _validate(self, run: Run, board: Any) -> None:
         """Judge the policy on the validation episodes, and keep it if it is the best."""
         config = self.config
-        if math.isnan(self._baseline):
-            self._baseline = self._of_vllm()
         agent = self._agent(run)
         found = evaluate(
             agent,
@@ -350,6 +349,7 @@ class Trainer:
             num_episodes=config.validation_episodes,
             seed=VALIDATION_SEED,
             scenario=config.scenario,
+            max_episode_steps=min(MOST_STEPS, max(10_000, 20 * int(self._vllm["decisions"].max()))),
             **self.options,
         )
         value = float(found[config.metric].mean())
@@ -375,11 +375,12 @@ class Trainer:
         change = (value - self._baseline) / abs(self._baseline) if self._baseline else value
         return -change if self._costs else change
 
-    def _of_vllm(self) -> float:
-        """The metric of vLLM V1 on the validation episodes."""
+    @functools.cached_property
+    def _vllm(self) -> dict[str, NDArray[Any]]:
+        """The metrics of vLLM V1 on the validation episodes."""
         config = self.config
         own = {name: value for name, value in config.env_options.items() if name not in _ACTING}
-        found = evaluate(
+        return evaluate(
             "vllm-v1",
             num_episodes=config.validation_episodes,
             seed=VALIDATION_SEED,
@@ -387,7 +388,11 @@ class Trainer:
             objective=config.objective,
             **own,
         )
-        return float(found[config.metric].mean())
+
+    @property
+    def _baseline(self) -> float:
+        """The metric of vLLM V1."""
+        return float(self._vllm[self.config.metric].mean())
 
     def _picture(self, agent: Agent, board: Any) -> None:
         """The schedule of one episode, a few times over the training."""
@@ -432,7 +437,6 @@ class Trainer:
             "steps": self.model.num_timesteps,
             "updates": self._updates,
             "best": None if math.isnan(self._best) else self._best,
-            "baseline": self._baseline,
             "collapsed": self._collapsed,
         }
         going = self._loaded is not None and not self.config.fresh
@@ -463,7 +467,7 @@ class Trainer:
             self.model.go_on(self.lanes.load_state(checkpoint.lanes), checkpoint.lanes)
         self.model.num_timesteps, self._updates = int(said["steps"]), int(said["updates"])
         self._best = math.nan if said["best"] is None else float(said["best"])
-        self._baseline, self._collapsed = float(said["baseline"]), int(said["collapsed"])
+        self._collapsed = int(said["collapsed"])
 
     def _check(self, run: Run) -> None:
         """Stop a training that has gone wrong."""

@@ -433,12 +433,30 @@ def test_a_teacher_says_what_it_would_do_where_its_student_is(env_id: str) -> No
     assert len(demonstrate("sjf-prompt", env_id, num_episodes=3, seed=0, **options).seen) == 3 * 7
 
 
+def test_a_student_takes_its_share_of_decisions() -> None:
+    """Of 0 none, so the teacher plays; of a half some, which shows in where they get to."""
+
+    def played(share: float) -> Any:
+        student = random_policy(gym.make(IDS[0], **CORRECTED).action_space)
+        return demonstrate(
+            "sjf-prompt", IDS[0], num_episodes=3, seed=0, student=student, share=share, **CORRECTED
+        )
+
+    alone = demonstrate("sjf-prompt", IDS[0], num_episodes=3, seed=0, **CORRECTED)
+    none, half, again, all_of_them = (played(share).seen for share in (0.0, 0.5, 0.5, 1.0))
+    np.testing.assert_array_equal(none, alone.seen)
+    np.testing.assert_array_equal(half, again)
+    assert not np.array_equal(half, none) and not np.array_equal(half, all_of_them)
+
+
 def test_rounds_of_corrections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[bool, int]] = []  # whether a student played, how much all was that was learned from
+    shares = []
 
-    def listen(*args: Any, student: Any = None, **options: Any) -> Any:
+    def listen(*args: Any, student: Any = None, share: float, **options: Any) -> Any:
         told.append((student is not None, 0))
-        return demonstrate(*args, student=student, **options)
+        shares.append(share)
+        return demonstrate(*args, student=student, share=share, **options)
 
     def learn(policy: Any, shown: Any, **options: Any) -> float:
         told[-1] = (told[-1][0], len(shown.seen))
@@ -449,6 +467,7 @@ def test_rounds_of_corrections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     config = TINY.replace(teacher="vllm-v1", teacher_episodes=2, teacher_rounds=2, steps=1)
     training.train(config, tmp_path / "run")
     assert [student for student, _ in told] == [False, True, True]
+    assert shares[1:] == [0.5, 1.0]
     assert 0 < told[0][1] < told[1][1] < told[2][1]
     for refused in (
         lambda: demonstrate("optimum", IDS[0], "toy", 2, seed=0, student=lambda seen, masks: masks.argmax(1)),
