@@ -224,7 +224,7 @@ class Trainer:
             same = imitate(
                 self.policy,
                 shown,
-                epochs=config.teacher_epochs,
+                rows=config.teacher_epochs * len(seen.seen),
                 batch_size=min(config.batch_size, 1024),
                 seed=config.seed + 2**20 * turn,
             )
