@@ -36,6 +36,8 @@ Metrics = dict[str, NDArray[np.float64]]
 METRICS = (
     "latency_s",
     "goodput",
+    "ttft_s",
+    "tpot_s",
     "throughput_tps",
     "gpu_s",
     "makespan_s",
@@ -351,11 +353,15 @@ def metrics_of(result: Result) -> dict[str, float]:
     finished = ~np.isnan(finish)
     in_system = np.where(finished, finish - arrival, np.maximum(0.0, end - arrival))
     gaps = result.generated_tokens - 1
+    ttft = result.first_token_s - arrival
     tpot = np.where(gaps > 0, (finish - result.first_token_s) / np.maximum(gaps, 1), 0.0)
-    met = finished & (result.first_token_s - arrival <= r.ttft_target_s) & (tpot <= r.tpot_target_s)
+    met = finished & (ttft <= r.ttft_target_s) & (tpot <= r.tpot_target_s)
+    several = finished & (gaps > 0)
     return {
         "latency_s": float(in_system.sum()) / len(r),
         "goodput": np.count_nonzero(met) / len(r),
+        "ttft_s": float(ttft[finished].mean()) if finished.any() else math.nan,
+        "tpot_s": float(tpot[several].mean()) if several.any() else math.nan,
         "throughput_tps": float(result.generated_tokens.sum()) / end if end > 0 else math.nan,
         "gpu_s": float(result.busy_s),
         "makespan_s": float(end),

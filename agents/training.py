@@ -493,8 +493,8 @@ class Trainer:
 
 
 _EPISODE = [
-    *("latency_s", "goodput", "throughput_tps", "gpu_s", "makespan_s", "fairness", "preemptions"),
-    *("finished", "score", "return"),
+    *("latency_s", "goodput", "ttft_s", "tpot_s", "throughput_tps", "gpu_s", "makespan_s", "fairness"),
+    *("preemptions", "finished", "score", "return"),
 ]
 # Options of the environment that say how an agent acts; vLLM V1 acts as it does.
 _ACTING = {"waiting_slots", "running_slots", "waiting_order", "running_order", "chunk_levels", "skip_forced"}

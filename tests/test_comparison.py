@@ -247,6 +247,10 @@ def test_goodput_counts_what_is_unfinished_as_late() -> None:
     assert all_in["goodput"] * 20 == round(whole.metrics()["goodput_rps"] * whole.makespan_s)
     assert some["goodput"] <= some["finished"] / 20 < 1
     assert all_in["latency_s"] == pytest.approx(whole.metrics()["latency"]["mean"])
+    assert all_in["ttft_s"] == pytest.approx(whole.metrics()["ttft"]["mean"])
+    assert all_in["tpot_s"] == pytest.approx(whole.metrics()["tpot"]["mean"])
+    done = ~np.isnan(cut.finish_s)
+    assert some["ttft_s"] == pytest.approx((cut.first_token_s - requests.arrival_s)[done].mean())
     assert all_in["throughput_tps"] == pytest.approx(requests.output_tokens.sum() / whole.makespan_s)
 
 

@@ -214,6 +214,8 @@ def check_finished(lab: Lab, lane: int) -> None:
         tpot = (req["finish"] - req["first_token"]) / (req["stop"] - 1)
     met = (ttft <= r.ttft_target_s) & ((req["stop"] == 1) | (tpot <= r.tpot_target_s))
     assert v["done_goodput"] == met.mean()
+    assert v["done_ttft"] == pytest.approx(ttft.mean(), rel=1e-9)
+    assert v["done_tpot"] == pytest.approx(tpot[req["stop"] > 1].mean(), rel=1e-9, nan_ok=True)
 
 
 KINDS = pytest.mark.parametrize("kind", [BATCH, DISPATCH])

@@ -868,6 +868,11 @@ def test_rewards_sum_up_to_the_metric(env_id: str, objective: str, scenario: str
         assert metrics["return"] == pytest.approx(total, rel=1e-9)
         assert metrics["latency_s"] == pytest.approx(latency / n, rel=1e-9)
         assert metrics["goodput"] == pytest.approx(met.mean(), rel=1e-9)
+        assert metrics["ttft_s"] == pytest.approx(
+            (result.first_token_s - requests.arrival_s).mean(), rel=1e-9
+        )
+        tpot = ((result.finish_s - result.first_token_s) / gaps)[result.generated_tokens > 1]
+        assert metrics["tpot_s"] == pytest.approx(tpot.mean(), rel=1e-9)
         assert metrics["gpu_s"] == pytest.approx(busy, rel=1e-9)
         assert 0 < metrics["score"] <= 1
 

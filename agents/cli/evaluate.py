@@ -36,7 +36,8 @@ def evaluate(
     metric: Annotated[
         str,
         typer.Option(
-            help="latency_s, goodput, throughput_tps, gpu_s, makespan_s, fairness, finished or preemptions"
+            help="latency_s, goodput, ttft_s, tpot_s, throughput_tps, gpu_s, makespan_s, fairness, "
+            "finished or preemptions"
         ),
     ] = "latency_s",
     settings: Annotated[

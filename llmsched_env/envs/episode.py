@@ -63,7 +63,8 @@ def load(env: Env) -> None:
     v.steps = v.illegal = 0
     v.iteration_time = v.arrival_rate = v.departure_rate = 0.0
     v.request_seconds = 0.0
-    v.met = 0
+    v.met = v.with_tpot = 0
+    v.ttft_seconds = v.tpot_seconds = 0.0
     v.num_clients = min(clients, MOST_CLIENTS)
     for c in range(MOST_CLIENTS):
         v.service[c] = 0.0
@@ -240,7 +241,12 @@ def _judge(env: Env, q, start: float) -> None:  # type: ignore[no-untyped-def]
     """Whether a request that has finished, in what began at `start`, met its targets."""
     v = env.v
     late = _is_late(q, q.first_token)
-    tpot = (q.finish - q.first_token) / (q.generated - 1) if q.generated > 1 else 0.0
+    tpot = 0.0
+    v.ttft_seconds += q.first_token - q.arrival
+    if q.generated > 1:
+        tpot = (q.finish - q.first_token) / (q.generated - 1)
+        v.tpot_seconds += tpot
+        v.with_tpot += 1
     if not late and tpot <= q.tpot_target:
         v.met += 1
         v.terms[GOODPUT] += _worth_at(env, q.finish) / len(env.e.req)
@@ -333,6 +339,8 @@ def close(env: Env) -> None:
     v.done_steps = v.steps
     v.done_latency = v.request_seconds / len(e.req)
     v.done_goodput = v.met / len(e.req)
+    v.done_ttft = v.ttft_seconds / s.num_finished if s.num_finished > 0 else np.nan
+    v.done_tpot = v.tpot_seconds / v.with_tpot if v.with_tpot > 0 else np.nan
     v.done_finished = s.num_finished
     v.done_clock = s.clock
     v.done_busy = s.busy

@@ -122,6 +122,8 @@ _DONE = (
     "return",
     "latency",
     "goodput",
+    "ttft",
+    "tpot",
     "tokens",
     "clock",
     "busy",
@@ -328,6 +330,7 @@ class Fleet:
 
         Keys: return; decisions, illegal (actions that were not); latency_s (mean of all requests; of an
         episode that was cut the seconds up to then), goodput (share of the requests that met their targets),
+        ttft_s and tpot_s (means of those that finished, the latter of those with more than one output token),
         finished, throughput_tps (output tokens a second), gpu_s (seconds in which an iteration ran),
         makespan_s, preemptions, iterations, fairness (Jain's index; nan unless it is rewarded), and score,
         from 0 to 1: the share of the requests that finished, times the mean latency that they would have
@@ -345,6 +348,8 @@ class Fleet:
             "normalised_score": self._normalised(latency, finished, self.references[lanes]),
             "latency_s": latency,
             "goodput": done["goodput"],
+            "ttft_s": done["ttft"],
+            "tpot_s": done["tpot"],
             "throughput_tps": done["tokens"] / np.maximum(clock, np.finfo(float).tiny),
             "gpu_s": done["busy"],
             "makespan_s": clock,

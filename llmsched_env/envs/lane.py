@@ -132,6 +132,9 @@ LANE = padded(
             ("departure_rate", "f8"),
             ("request_seconds", "f8"),  # the integral of requests in the system
             ("met", "i8"),  # finished requests that met their targets
+            ("ttft_seconds", "f8"),  # to the first token, summed over finished requests
+            ("tpot_seconds", "f8"),  # per output token after that, of those with more than one
+            ("with_tpot", "i8"),  # how many these are
             ("fairness", "f8"),  # Jain's index of what the clients have got
             ("num_clients", "i8"),
             # -- arrays of which little is used, and what is used seldom --
@@ -144,6 +147,8 @@ LANE = padded(
             ("done_steps", "i8"),
             ("done_latency", "f8"),
             ("done_goodput", "f8"),
+            ("done_ttft", "f8"),
+            ("done_tpot", "f8"),
             ("done_finished", "i8"),
             ("done_clock", "f8"),
             ("done_busy", "f8"),
