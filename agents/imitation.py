@@ -159,9 +159,8 @@ def _play_optimum(env_id: str, num_episodes: int, seed: int, keywords: dict[str,
     return (*(np.stack(parts) for parts in zip(*steps, strict=True)), seeds)
 
 
-def imitate(policy: NetPolicy, shown: Demonstrations, *, rows: int, batch_size: int, seed: int) -> float:
-    """Teach a policy with so many rows of what was shown, each as often as another; returns the share of
-    actions that it chooses as its teacher did, at the end."""
+def imitate(policy: NetPolicy, shown: Demonstrations, *, epochs: int, batch_size: int, seed: int) -> float:
+    """Teach a policy; returns the share of actions that it chooses as its teacher did, at the end."""
     rng = np.random.default_rng(seed)
     optimizer = th.optim.Adam(policy.parameters(), lr=_RATE)
     seen, actions = th.as_tensor(shown.seen), th.as_tensor(shown.actions)
@@ -169,16 +168,17 @@ def imitate(policy: NetPolicy, shown: Demonstrations, *, rows: int, batch_size: 
     spread = float(returns.std()) + 1e-6  # errors of the value count in units of it
     n = len(seen)
     policy.set_training_mode(True)
-    order = np.concatenate([rng.permutation(n) for _ in range(-(-rows // n))])[:rows]
-    for at in range(0, rows, batch_size):
-        of = order[at : at + batch_size]
-        values, log_prob, _ = policy.evaluate_actions(seen[of], actions[of], shown.masks[of])
-        worth = ((values[:, 0] - returns[of]) / spread).square().mean()
-        loss = -log_prob.mean() + _WORTH * worth
-        optimizer.zero_grad()
-        loss.backward()
-        th.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
-        optimizer.step()
+    for _ in range(epochs):
+        order = rng.permutation(n)
+        for at in range(0, n, batch_size):
+            rows = order[at : at + batch_size]
+            values, log_prob, _ = policy.evaluate_actions(seen[rows], actions[rows], shown.masks[rows])
+            worth = ((values[:, 0] - returns[rows]) / spread).square().mean()
+            loss = -log_prob.mean() + _WORTH * worth
+            optimizer.zero_grad()
+            loss.backward()
+            th.nn.utils.clip_grad_norm_(policy.parameters(), 0.5)
+            optimizer.step()
     policy.set_training_mode(False)
     same = best_actions(policy)(shown.seen, shown.masks) == shown.actions
     return float(same.reshape(n, -1).all(1).mean())

@@ -224,7 +224,7 @@ class Trainer:
             same = imitate(
                 self.policy,
                 shown,
-                rows=config.teacher_epochs * len(seen.seen),
+                epochs=config.teacher_epochs,
                 batch_size=min(config.batch_size, 1024),
                 seed=config.seed + 2**20 * turn,
             )

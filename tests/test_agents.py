@@ -401,9 +401,8 @@ def test_a_teacher_is_imitated() -> None:
     env = lanes(**options)
     th.manual_seed(0)
     policy = NetPolicy(env.observation_space, env.action_space, lambda _: 1e-3, spec=Spec.of(env.venv))
-    n = len(shown.seen)
-    before = imitate(policy, shown, rows=n, batch_size=10**6, seed=0)
-    after = imitate(policy, shown, rows=30 * n, batch_size=64, seed=0)
+    before = imitate(policy, shown, epochs=1, batch_size=10**6, seed=0)
+    after = imitate(policy, shown, epochs=30, batch_size=64, seed=0)
     assert after > max(0.8, before)
 
 
