@@ -60,8 +60,8 @@ class Config:
             takes alone); inf: no discount.
         teacher: a scheduler's name, or "optimum" for small episodes: the network first learns to act as it
             does, in `teacher_episodes` episodes, `teacher_epochs` times; "": none.
-        teacher_rounds: how often after that it plays as many episodes itself, and learns from all so far what
-            its teacher would have done there (DAgger).
+        teacher_rounds: how often after that it plays as many episodes itself, the first time half of the
+            decisions, and learns from all so far what its teacher would have done there (DAgger).
         stagger: decisions of each lane before the first is learned from, in which it begins anew at a random
             one: as many as an episode has, so that lanes are in all its parts.
         segment: updates between checkpoints.

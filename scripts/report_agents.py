@@ -14,7 +14,7 @@ differences are paired by episode.
     matrix     what was trained on one scenario, on the others; at other loads, on other GPUs, with other
                predictions of lengths
     ablations  azure-code without what its preset has: the pointer network, masks, the teacher, its
-               corrections, what comes after it, the leave-one-out baseline, misses told when they happen
+               corrections, the leave-one-out baseline, misses told when they happen
     curves     what each training validated at, as a table and a picture (RUNS/curves.png), and how many
                collapsed
 """
@@ -47,7 +47,6 @@ CASES: dict[str, dict[str, Any]] = {  # of the ablations: what is changed
     "no masks in PPO": {"algo": "ppo"},
     "no teacher": {"teacher": "", "teacher_rounds": 0},
     "no corrections": {"teacher_rounds": 0, "teacher_episodes": 80},  # as many episodes
-    "teacher alone": {"steps": 1, "learning_rate": 1e-8},
     "no leave-one-out": {"lanes_per_trace": 1},
     "goodput, not violations": {"objective": "goodput"},
 }
