@@ -121,8 +121,6 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         th.set_num_threads(1)  # networks of this size get slower with more
-        if config.teacher not in ("", "optimum"):
-            baselines.get(config.teacher)  # refuses what there is not
         self.config = config
         scenario = scenarios.get(config.scenario)
         options = dict(config.env_options)
@@ -141,6 +139,8 @@ class Trainer:
             discount_rate=rate,
             **self.options,
         )
+        if config.teacher not in ("", "optimum"):
+            baselines.expert(config.teacher, strict=False).bind(self.env.venv)  # refuses what does not fit
         self.spec = Spec.of(self.env.venv, config.network, width=config.width, slot_width=config.slot_width)
         self._seed(-1)
         self.model = SchedulingPPO(

@@ -490,11 +490,17 @@ class Expert:
         inner = env.unwrapped
         fleet = inner.fleet
         if fleet is not self._fleet:
-            self._bind(fleet)
+            self.bind(env)
         actions = [self._action(lane) for lane in range(len(fleet.bank.table))]
         return np.asarray(actions) if hasattr(inner, "num_envs") else actions[0]
 
-    def _bind(self, fleet: Any) -> None:
+    def bind(self, env: Any) -> None:
+        """Follow this environment from now on, as asking does.
+
+        Raises:
+            InputError: it reserves KV cache, or orders requests, in another way.
+        """
+        fleet = env.unwrapped.fleet
         problem, options = fleet.problem, fleet.options
         settings = self.scheduler.settings
         if fleet.kind.name == "DISPATCH":

@@ -24,6 +24,7 @@ from agents.config import COSTS
 from agents.runs import Run
 from llmsched_env.errors import InputError, exit_with
 
+LONG = 20_000  # decisions: fresh weights preempt for ever; all others are long through by then
 FOLDER = Path(__file__).parents[1] / "agents" / "pretrained"
 
 
@@ -55,6 +56,7 @@ def card(name: str, runs: list[Run], episodes: int) -> str:
         config.scenario,
         num_episodes=episodes,
         metric=config.metric,
+        max_steps=LONG,
     )
     curve = "\n".join(
         f"| {int(row['steps']):,} | {float(row[config.metric]):.4g} |" for row in run.read_rows("validation")

@@ -478,6 +478,13 @@ def test_rounds_of_corrections(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             refused()
 
 
+def test_a_teacher_that_does_not_fit_is_refused_at_once(tmp_path: Path) -> None:
+    for teacher, complaint in (("orca", "make it with hold='model-len'"), ("vllm-v9", "unknown scheduler")):
+        with pytest.raises(InputError, match=complaint):
+            training.train(TINY.replace(teacher=teacher), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
 def test_the_optimum_can_teach() -> None:
     shown = demonstrate("optimum", IDS[0], "toy", 2, seed=0)
     assert len(shown.seen) > 4
