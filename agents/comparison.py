@@ -71,8 +71,8 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "latency_s": Metric("mean latency", "s"),
     "goodput": Metric("share of requests in time", larger=True, whole=False),
-    "ttft_s": Metric("mean time to first token", "s"),
-    "tpot_s": Metric("mean time per output token", "s"),
+    "ttft_s": Metric("mean time to first token of finished requests", "s"),
+    "tpot_s": Metric("mean time per output token of finished requests", "s"),
     "throughput_tps": Metric("throughput", "output tokens/s", larger=True),
     "gpu_s": Metric("busy time", "s"),
     "makespan_s": Metric("makespan", "s"),

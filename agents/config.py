@@ -28,7 +28,7 @@ _NETWORKS = ("pointer", "attention", "mlp")  # as agents.networks, which needs P
 SCALES = ("none", "trace")
 SCHEDULES = ("linear", "constant")
 # Metrics of an episode of which less is better, and those of which more is.
-COSTS = ("latency_s", "ttft_s", "tpot_s", "gpu_s", "makespan_s", "preemptions")
+COSTS = ("latency_s", "gpu_s", "makespan_s", "preemptions")
 GAINS = ("goodput", "throughput_tps", "fairness")
 
 

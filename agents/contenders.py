@@ -49,6 +49,7 @@ METRICS = (
 _OBJECTIVES = {
     "latency_s": "total_latency",
     "goodput": "slo_goodput",
+    "ttft_s": "mean_ttft",
     "gpu_s": "gpu_time",
     "makespan_s": "makespan",
     "throughput_tps": "makespan",

@@ -193,10 +193,16 @@ class Run:
         """Append a row to RUN/`table`.csv; all rows of a table have the same columns.
 
         Raises:
-            InputError: if it cannot be written.
+            InputError: if it cannot be written, or has other columns, as another version of this writes them.
         """
         path = self.folder / f"{table}.csv"
         try:
+            if path.exists() and path.stat().st_size > 0:
+                with open(path, newline="") as file:
+                    if next(csv.reader(file)) != list(row):
+                        raise InputError(
+                            f"{path} has other columns: another version began this run; begin it anew"
+                        )
             with open(path, "a", newline="") as file:
                 writer = csv.DictWriter(file, list(row))
                 if file.tell() == 0:
@@ -222,6 +228,8 @@ class Run:
                 writer = csv.DictWriter(file, list(rows[0]))
                 writer.writeheader()
                 writer.writerows(kept)
+        else:  # nothing, or half of a heading
+            (self.folder / f"{table}.csv").unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Checkpoint:

@@ -46,7 +46,9 @@ except ImportError as error:
 _SEEDS = 2**40  # reset seeds of training are above it, those of evaluation below
 _ENTROPY, _PATIENCE = 1e-4, 10  # nats; updates in a row with less: nothing more will be learned
 _PICTURES = 8  # of the schedule, over a training
-_LOST = 2  # steps after which a student's episode is cut while it is taught, in those its teacher takes
+_LOST = 2  # steps after which a student's episode is cut while it is taught, in the mean of its teacher's
+# Decisions after which an episode of a validation is cut: who needs so many more than vLLM V1 is lost.
+_LONG, _LONGER = 10_000, 20
 
 
 class Diverged(RuntimeError):
@@ -298,7 +300,8 @@ class Trainer:
         said = {
             name.removeprefix("train/"): float(value) for name, value in model.logger.name_to_value.items()
         }
-        finished = {name: float(np.mean(values)) for name, values in model.finished.items()}
+        known = {name: [x for x in values if x == x] for name, values in model.finished.items()}
+        finished = {name: float(np.mean(values)) if values else math.nan for name, values in known.items()}
         row: dict[str, Any] = {
             "steps": model.num_timesteps,
             "time/decisions_per_s": config.rollout / passed,
@@ -349,7 +352,7 @@ class Trainer:
             num_episodes=config.validation_episodes,
             seed=VALIDATION_SEED,
             scenario=config.scenario,
-            max_episode_steps=min(MOST_STEPS, max(10_000, 20 * int(self._vllm["decisions"].max()))),
+            max_episode_steps=max(_LONG, _LONGER * int(self._vllm["decisions"].max())),
             **self.options,
         )
         value = float(found[config.metric].mean())

@@ -125,7 +125,12 @@ def tune(
         nonlocal spent
         found = Scheduled(tuned.rule(params)).play(on)
         progress(spent := spent + len(on))
-        return sign * float(found[metric].mean())
+        value = float(found[metric].mean())
+        if math.isnan(value):
+            raise InputError(
+                f"{metric} cannot be told of all episodes of {named.name}; tune for another metric"
+            )
+        return sign * value
 
     held_out = episodes(VALIDATION_SEED, VALIDATION)
     axes = _axes(held_out.problem, held_out.requests)

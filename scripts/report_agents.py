@@ -9,7 +9,8 @@ differences are paired by episode.
 
     train      all presets
     control    lengths known, mean latency: against area-backfill and an untrained network
-    rivals     requests in time: against every named scheduler that knows as much, and the tuned rule
+    rivals     requests in time: against the tuned rule, and the best here of the three named schedulers that
+               know as much and do best on the validation episodes
     gap        mean latency: the share of the way from vLLM V1 to the best known schedules
     matrix     what was trained on one scenario, on the others; at other loads, on other GPUs, with other
                predictions of lengths
@@ -46,7 +47,7 @@ CASES: dict[str, dict[str, Any]] = {  # of the ablations: what is changed
     "mlp": {"network": "mlp"},
     "no masks in PPO": {"algo": "ppo"},
     "no teacher": {"teacher": "", "teacher_rounds": 0},
-    "no corrections": {"teacher_rounds": 0, "teacher_episodes": 80},  # as many episodes
+    "no corrections": {"teacher_rounds": 0, "teacher_episodes": 80, "teacher_epochs": 9},  # as many steps
     "no leave-one-out": {"lanes_per_trace": 1},
     "goodput, not violations": {"objective": "goodput"},
 }

@@ -287,6 +287,8 @@ def test_a_saved_state_has_the_same_future(env_id: str) -> None:
         assert_same(many.step(chosen), twin.step(chosen))
     with pytest.raises(InputError, match="does not fit"):
         make_many(num_requests=4).load_state(state)
+    with pytest.raises(InputError, match="another version"):
+        twin.load_state({**state, "layout": state["layout"] ^ 1})
     del state["generators"]
     with pytest.raises(InputError, match="lacks the generators"):
         twin.load_state(state)
@@ -972,6 +974,25 @@ def token_times(result: Any) -> NDArray[np.float64]:
             times.append(result.iterations["end_s"][i])
     assert (generated == result.generated_tokens).all()
     return np.array(times)
+
+
+@pytest.mark.parametrize("targets", [(1e-4, 20.0), (1e9, 1e-9), (0.5, 0.05), (np.inf, np.inf)])
+@pytest.mark.parametrize("horizon_s", [np.inf, 3.0])
+def test_each_violation_is_told_once(env_id: str, targets: tuple[float, float], horizon_s: float) -> None:
+    """Targets that are over before an iteration is, that nobody meets, and that some meet; requests that are
+    preempted before and after their first token; and episodes that are cut."""
+    ttft_target, tpot_target = targets
+    options: dict[str, Any] = {} if env_id == DISPATCH else {"preempt": "free"}
+    options |= {"ttft_target_s": ttft_target, "tpot_target_s": tpot_target, "horizon_s": horizon_s}
+    env = make(env_id, scenario="stream", num_requests=30, objective="violations", **options).unwrapped
+    for seed in range(2):
+        total, metrics = whole_episode(env, seed)
+        result, end = env.result(), metrics["makespan_s"]
+        arrival, first = result.requests.arrival_s, result.first_token_s
+        late = np.where(np.isnan(first), end, first) - arrival > ttft_target
+        gaps = np.maximum(result.generated_tokens - 1, 1)
+        slow = (result.finish_s - first) / gaps > tpot_target  # nan of those that were cut
+        assert total == pytest.approx(-np.count_nonzero(late | slow) / 30, abs=1e-12)
 
 
 def test_objectives_weigh_their_terms() -> None:

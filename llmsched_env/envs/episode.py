@@ -283,13 +283,13 @@ def _note_late(env: Env, q, start: float) -> None:  # type: ignore[no-untyped-de
 
 @njit(forceinline=True)
 def _miss(env: Env, when: float) -> None:
-    """A request missed a target, in this step or before it was seen."""
+    """A request missed a target at a time (s), in this step or before the request was seen."""
     env.v.terms[VIOLATIONS] -= _worth_at(env, when) / len(env.e.req)
 
 
 @njit(forceinline=True)
 def _worth_at(env: Env, when: float) -> float:
-    """The discount at a time, of which it is now `clock`."""
+    """The discount at a time (s), relative to the beginning of the step."""
     v = env.v
     return v.factor * np.exp(v.discount_rate * (env.e.s.clock - when))
 

@@ -10,14 +10,16 @@ episode that serves everybody sum up to
     gpu_time     - seconds in which an iteration runs / unit_time
     makespan     - end of the last iteration / unit_time
     fairness     + Jain's index of what the clients have got at the end - 1
-    violations   - requests that miss a target / N
+    violations   - requests that miss a target or both / N
 
 Of an episode that is cut before, the first is minus the integral over time of the requests in the system,
 which by Little's law is the same once all are served; the others count what has come to pass.
 
-Goodput and violations differ by 1 and in when they tell: a request in time counts as such when it finishes, a
-late first token is told when it is due, however long the request goes on after that. So the latter says what
-came of a decision sooner, and is less noisy to learn from.
+Goodput and violations are two ways to tell the same: undiscounted, and if everybody is served, they differ by
+1. A request in time counts as such when it finishes; a violation is told when the first token is due and not
+there, however long the request goes on after that, or, where only the time per token was too long, when it
+finishes. So the latter is meant to say what came of a decision sooner. What is cut before it finishes is no
+violation unless its first token was late.
 """
 
 from __future__ import annotations
@@ -63,8 +65,8 @@ class Objective:
     def get(objective: str | Mapping[str, float] | Objective) -> Objective:
         """An objective by name, the terms' or "mix" (latency and goodput alike), or weights by name of term.
 
-        >>> Objective.get({"latency": 1, "fairness": 0.2})
-        Objective(latency=1, goodput=0.0, throughput=0.0, gpu_time=0.0, makespan=0.0, fairness=0.2)
+        >>> Objective.get({"latency": 1, "fairness": 0.2}).weights
+        (1, 0.0, 0.0, 0.0, 0.0, 0.2, 0.0)
 
         Raises:
             InputError: an unknown name, with the nearest match.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -282,6 +283,7 @@ class SchedulingVectorEnv(NativeVectorEnv):
         if not self._begun:
             raise gym.error.ResetNeeded("call reset before save_state")
         found = {name: _bytes(array).copy() for name, array in self._state().items()}
+        found["layout"] = self._layout()
         found["generators"] = np.array([words_of(self._rng(i)) for i in range(self.num_envs)], np.uint64)
         found["generator_seeds"] = np.array([-1 if s is None else s for s in self._rng_seeds], np.int64)
         return found
@@ -291,13 +293,19 @@ class SchedulingVectorEnv(NativeVectorEnv):
         parts = ((self.fleet.bank, _OF_BANK), (self.fleet, _OF_FLEET), (self, _OF_ENV))
         return {name: getattr(part, name) for part, names in parts for name in names}
 
+    def _layout(self) -> NDArray[np.uint8]:
+        """(32,) what tells one layout of the records from another of the same size."""
+        layouts = {name: str(array.dtype.descr) for name, array in self._state().items()}
+        return np.frombuffer(hashlib.sha256(repr(layouts).encode()).digest(), np.uint8).copy()
+
     def load_state(self, state: Mapping[str, NDArray[Any]]) -> Any:
         """Go on from what `save_state` of an environment of the same problem, options and size gave; returns
-        what is seen. Only shapes are checked: what the arrays hold is memory of compiled code, so load none
-        from a stranger.
+        what is seen. Only shapes and layouts are checked: what the arrays hold is memory of compiled code, so
+        load none from a stranger.
 
         Raises:
-            InputError: if it is of another kind of environment, or damaged; this one is as it was then.
+            InputError: if it is of another kind of environment, of another version of this one, or damaged;
+                this one is as it was then.
         """
         here = {name: _bytes(array) for name, array in self._state().items()}
         for name, array in here.items():
@@ -308,6 +316,8 @@ class SchedulingVectorEnv(NativeVectorEnv):
                     f"the saved state does not fit this environment: {name} is {has}, not {array.dtype} of "
                     f"shape {array.shape}"
                 )
+        if not np.array_equal(state.get("layout", ()), self._layout()):
+            raise InputError("the saved state is of another version of llmsched_env; begin anew")
         words, seeds = np.asarray(state.get("generators")), np.asarray(state.get("generator_seeds"))
         if words.shape != (self.num_envs, 6) or seeds.shape != (self.num_envs,):
             raise InputError("the saved state does not fit this environment: it lacks the generators")

@@ -60,7 +60,7 @@ def forecast_size(num_requests: int) -> int:
 def forecast(e: Engine) -> int:
     """Bring the forecast up to date with the running requests; returns how many they are."""
     s, req, work = e.s, e.req, e.work
-    ids, _, _, _, _ = _columns(e)
+    ids = _columns(e)[0]
     stamp = np.int32(s.iterations & 0x7FFFFFFF) + 1
     n = 0
     for k in range(int(work[_ROWS])):
