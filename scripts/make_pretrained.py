@@ -24,7 +24,7 @@ from agents.config import COSTS
 from agents.runs import Run
 from llmsched_env.errors import InputError, exit_with
 
-LONG = 20_000  # decisions: fresh weights preempt for ever; all others are long through by then
+LONG = 10_000  # decisions: fresh weights preempt for ever; all others are long through by then
 FOLDER = Path(__file__).parents[1] / "agents" / "pretrained"
 
 

@@ -65,7 +65,7 @@ def test_parts(report: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     found = told(report, "rivals gap ablations curves --only mlp", tmp_path, monkeypatch)
     best, tuned = found["rivals"]
     policies = {row["policy"]: row for row in best["policies"]}
-    assert {"trained", "untrained", "tuned rule", "vllm-v1", best["baseline"]} <= set(policies)
+    assert {"trained", "tuned rule", "vllm-v1", best["baseline"]} <= set(policies)
     assert policies["trained"]["trainings"] == 2 and tuned["baseline"] == "tuned rule"
     named = [row["mean"]["value"] for row in best["policies"] if "trained" not in row["policy"]]
     assert policies[best["baseline"]]["mean"]["value"] == max(named)
