@@ -223,12 +223,12 @@ class Run:
         """Remove the rows of more `steps` than so many, which are going to be made again."""
         rows = self.read_rows(table)
         kept = [row for row in rows if int(row["steps"]) <= after]
-        if rows:  # also where none goes: the last line may be half of one
+        if kept:  # also where none goes: the last line may be half of one
             with writing(self.folder / f"{table}.csv") as path, open(path, "w", newline="") as file:
                 writer = csv.DictWriter(file, list(rows[0]))
                 writer.writeheader()
                 writer.writerows(kept)
-        else:  # nothing, or half of a heading
+        else:  # perhaps half of a heading
             (self.folder / f"{table}.csv").unlink(missing_ok=True)
 
 

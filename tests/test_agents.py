@@ -380,6 +380,16 @@ def test_a_full_disk_says_which_table_could_not_be_written(tmp_path: Path) -> No
         run.write_row("metrics", {"steps": 1})
 
 
+def test_a_table_of_another_version_is_not_mixed_up(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", TINY)
+    run.write_row("metrics", {"steps": 1, "gain": 2.0})
+    with pytest.raises(InputError, match=r"metrics\.csv has other columns: another version began this run"):
+        run.write_row("metrics", {"steps": 2, "ttft_s": 0.1, "gain": 3.0})
+    assert run.read_rows("metrics") == [{"steps": "1", "gain": "2.0"}]
+    run.drop_rows("metrics", 0)
+    run.write_row("metrics", {"steps": 1, "ttft_s": 0.1, "gain": 2.0})
+
+
 def test_divergence_stops_a_training(tmp_path: Path) -> None:
     wild = TINY.replace(learning_rate=1.0, value_weight=100.0, max_grad_norm=1e6, target_kl=0.0, segment=1)
 
