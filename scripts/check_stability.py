@@ -451,7 +451,8 @@ _HEAD = """# Largest stable rates
 Made by `python scripts/check_stability.py realistic --json FILE --markdown docs/stability.md`: every named
 scheduler with its own engine settings, on every workload that ships, arrivals being Poisson. A cell says
 between which shares of the limit (`llmsched_env/theory/limits.py`) the scheduler turns unstable. What is
-offered is known within 0.1 %, where requests are turned away within 0.2 %.
+offered comes from the workload's moments; where requests are turned away, it is the mean of a million drawn
+ones, with a standard error of 0.1 % where lengths vary by as much as their mean.
 
 """
 
