@@ -112,13 +112,14 @@ class Report:
         policies = {f"of {name}": self.trained(name, Config.preset(name)) for name in RIVALS}
         policies |= {"vllm-v1": "vllm-v1", "rank-i": "rank-i", "sjf-prompt": "sjf-prompt"}
         episodes = max(8, self.episodes // 3)
-        yield matrix(policies, RIVALS, num_episodes=episodes, metric="goodput")
+        keywords: dict[str, Any] = {"metric": "goodput", "max_steps": _LONG}
+        yield matrix(policies, RIVALS, num_episodes=episodes, **keywords)
         for key, values in (
             ("load", [0.7, 0.9, 1.3]),
             ("profile", ["a100-llama3-8b", "h100-llama3-8b"]),
             ("prediction", ["oracle", "lognormal:0.5", "lognormal:1.0"]),
         ):
-            yield matrix(policies, ["azure-conv"], {key: values}, episodes, metric="goodput")
+            yield matrix(policies, ["azure-conv"], {key: values}, episodes, **keywords)
 
     def ablations(self) -> Iterator[Comparison]:
         base = Config.preset("azure-code")
