@@ -113,12 +113,13 @@ def train_all(
     """
     folder = Path(folder)
     require_writable_folder(folder)
+    tasks = {}
     for name, config in configs.items():
         _require_same(folder / name, config)
-    tasks = {
-        name: (config, os.path.abspath(folder / name), name, progress) for name, config in configs.items()
-    }
-    spread(_train, tasks, jobs=jobs, address=address, use_ray=use_ray)
+        if not Run(folder / name, config).done:
+            tasks[name] = (config, os.path.abspath(folder / name), name, progress)
+    if tasks:
+        spread(_train, tasks, jobs=jobs, address=address, use_ray=use_ray)
     return [Run(folder / name, config) for name, config in configs.items()]
 
 

@@ -131,6 +131,12 @@ class Run:
         """Their folders, the oldest first."""
         return sorted(path for path in (self.folder / "checkpoints").glob("[0-9]*") if path.is_dir())
 
+    @property
+    def done(self) -> bool:
+        """Whether its last checkpoint is of its last update."""
+        last = self.checkpoints()[-1:]
+        return bool(last) and int(last[0].name) >= self.config.updates * self.config.rollout
+
     def save(self, checkpoint: Checkpoint) -> None:
         """Write a checkpoint; those before the one before are removed.
 
