@@ -46,6 +46,7 @@ def card(name: str, runs: list[Run], episodes: int) -> str:
     """What there is to know of an agent, as Markdown."""
     run = best_of(runs)
     config = run.config
+    after = int(Agent.load(run.folder).about["steps"])
     found = compare(
         {
             "trained (all seeds)": ",".join(str(r.folder) for r in runs),
@@ -67,6 +68,8 @@ def card(name: str, runs: list[Run], episodes: int) -> str:
         scenario=config.scenario,
         metric=config.metric,
         steps=f"{config.steps:,}",
+        after=f"{after:,}",
+        before=" (what its teacher made of it)" if after == 0 and config.teacher else "",
         seeds=", ".join(str(r.config.seed) for r in runs),
         seed=run.config.seed,
         validation=config.validation_episodes,
@@ -79,7 +82,8 @@ def card(name: str, runs: list[Run], episodes: int) -> str:
 CARD = """# {name}
 
 Acts in `{env}` on the scenario `{scenario}`; trained for `{metric}` with {steps} decisions. Seeds trained:
-{seeds}; shipped is seed {seed}, the best on {validation} validation episodes.
+{seeds}; shipped is seed {seed}, the best on {validation} validation episodes, as it was after {after}
+decisions{before}.
 
 `{metric}` on {episodes} held-out episodes (the first after `reset(seed=1_000_000 + i)`), 95 % intervals:
 

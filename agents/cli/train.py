@@ -66,6 +66,7 @@ def train(
     if resume:
         if run is None:
             raise InputError("say which run to go on with: --run DIR --resume")
+        Run.open(run)  # refuses what is none
         if changes or config is not None:
             raise InputError(
                 f"a run goes on as it began ({run / 'config.yaml'}); leave out "
