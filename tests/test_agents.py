@@ -380,6 +380,11 @@ def test_a_full_disk_says_which_table_could_not_be_written(tmp_path: Path) -> No
         run.write_row("metrics", {"steps": 1})
 
 
+def test_a_folder_without_a_run_cannot_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--scenario", "toy", "--run", str(tmp_path), "--resume"]) == 2
+    assert "is not the folder of a run: there is no config.yaml in it" in capsys.readouterr().err
+
+
 def test_a_table_of_another_version_is_not_mixed_up(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", TINY)
     run.write_row("metrics", {"steps": 1, "gain": 2.0})
